@@ -1,0 +1,19 @@
+"""Public tensor functions: checked arguments, registered with torch.library, one backend chosen per call."""
+
+from __future__ import annotations
+
+from fastmamba.ops._dispatch import BACKENDS, resolve_backend
+from fastmamba.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
+from fastmamba.ops.gated_rms_norm import gated_rms_norm
+from fastmamba.ops.ssd import ssd
+from fastmamba.ops.ssd_step import ssd_step
+
+__all__ = [
+    "BACKENDS",
+    "causal_conv1d",
+    "causal_conv1d_update",
+    "gated_rms_norm",
+    "resolve_backend",
+    "ssd",
+    "ssd_step",
+]

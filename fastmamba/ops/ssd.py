@@ -1,0 +1,180 @@
+"""SSD prefill: the selective state space scan of Mamba-2 over a whole sequence."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastmamba.ops._checks import check_groups, check_input, check_kernel_dtype, check_tensor, needs_grad
+from fastmamba.ops._dispatch import resolve_backend
+from fastmamba.ops._library import register
+from fastmamba.reference.ssd import ssd as reference_ssd
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    *,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    return_final_states: bool = False,
+    chunk_size: int | None = None,
+    state_dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Selective state space scan (state space duality, SSD) over a sequence.
+
+    For each batch row and head, with the state h of shape (P, N):
+
+        dt_t = clamp(softplus(dt_t + dt_bias), *dt_limit)      (each part only where asked for)
+        h_t  = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T
+        y_t  = (h_t C_t + D x_t) silu(z_t)
+
+    computed chunk by chunk with matrix products (Dao and Gu, "Transformers are SSMs", section 6). On a GPU all of it is one
+    Triton launch.
+
+    Args:
+        x: (B, T, H, P), float16, bfloat16 or float32 (float64 too on the torch backend). Any strides.
+        dt: (B, T, H), any floating dtype.
+        A: (H,), negative in a stable model.
+        B, C: (B, T, G, N), dtype of x; G divides H.
+        D: (H,) or (H, P), the skip connection.
+        z: (B, T, H, P), dtype of x, the gate.
+        dt_bias: (H,).
+        initial_states: (B, H, P, N), any floating dtype; None starts from zero.
+        dt_softplus: apply softplus to dt (after dt_bias).
+        dt_limit: (low, high) bounds of dt, applied last.
+        return_final_states: also return the state after the last token.
+        chunk_size: tokens per chunk, a power of two from 16 to 256; None lets the backend choose.
+        state_dtype: dtype in which the Triton kernel hands states from one part of the sequence to the next: float32 or the
+            dtype of x.
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        y (B, T, H, P), contiguous, in the dtype of x; and with `return_final_states` the final states (B, H, P, N) in
+        float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError: an argument that is not a tensor where one is needed.
+        ValueError: shapes, dtypes or devices that do not fit, an empty input, bad `dt_limit`, `chunk_size` or `backend`.
+        RuntimeError: backend="triton" where it cannot run.
+    """
+    check_input("x", x, 4, "(B, T, H, P)")
+    batch, tokens, heads, head_dim = x.shape
+    device = x.device
+    check_input("B", B, 4, "(B, T, G, N)")
+    groups, state = B.shape[2], B.shape[3]
+    check_tensor("dt", dt, (batch, tokens, heads), "(B, T, H)", device)
+    check_tensor("A", A, (heads,), "(H,)", device)
+    check_tensor("B", B, (batch, tokens, groups, state), "(B, T, G, N)", device, x.dtype)
+    check_tensor("C", C, (batch, tokens, groups, state), "(B, T, G, N)", device, x.dtype)
+    check_groups("B", groups, heads)
+    if D is not None:
+        per_head = isinstance(D, Tensor) and D.ndim == 1
+        check_tensor("D", D, (heads,) if per_head else (heads, head_dim), "(H,) or (H, P)", device)
+    if z is not None:
+        check_tensor("z", z, (batch, tokens, heads, head_dim), "(B, T, H, P)", device, x.dtype)
+    if dt_bias is not None:
+        check_tensor("dt_bias", dt_bias, (heads,), "(H,)", device)
+    if initial_states is not None:
+        check_tensor("initial_states", initial_states, (batch, heads, head_dim, state), "(B, H, P, N)", device)
+    dt_min, dt_max = _check_dt_limit(dt_limit)
+    if chunk_size is not None and chunk_size not in (16, 32, 64, 128, 256):
+        raise ValueError(f"chunk_size must be 16, 32, 64, 128, 256 or None, got {chunk_size!r}")
+    if state_dtype not in (torch.float32, x.dtype):
+        raise ValueError(f"state_dtype must be torch.float32 or the dtype of x ({x.dtype}), got {state_dtype!r}")
+    backend = resolve_backend(backend, device)
+    if backend == "triton":
+        if x.dtype == torch.float64:
+            check_kernel_dtype("x", x)
+        if max(head_dim, state) > 256:
+            raise ValueError(f"backend='triton' takes P and N up to 256, got P={head_dim}, N={state}")
+
+    arguments = (x, dt, A, B, C, D, z, dt_bias, initial_states)
+    if needs_grad(*arguments):
+        y, final_states = reference_ssd(*arguments, dt_softplus, dt_min, dt_max, chunk_size)
+    else:
+        run = torch.ops.fastmamba.ssd if torch.compiler.is_compiling() else _run
+        y, final_states = run(
+            *arguments, dt_softplus, dt_min, dt_max, return_final_states, chunk_size, state_dtype, backend
+        )
+    return (y, final_states) if return_final_states else y
+
+
+def _check_dt_limit(dt_limit: tuple[float, float]) -> tuple[float, float]:
+    try:
+        low, high = (float(bound) for bound in dt_limit)
+    except (TypeError, ValueError):
+        raise ValueError(f"dt_limit must be a pair of numbers (low, high), got {dt_limit!r}") from None
+    if not low <= high:  # NaN fails too
+        raise ValueError(f"dt_limit must be (low, high) with low <= high and no NaN, got {dt_limit!r}")
+    return low, high
+
+
+def _run(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_states: Tensor | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+    return_final_states: bool,
+    chunk_size: int | None,
+    state_dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    arguments = (x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_min, dt_max)
+    if backend == "triton":
+        from fastmamba.kernels.ssd import ssd as kernel
+
+        return kernel(*arguments, return_final_states, chunk_size, state_dtype)
+    y, final_states = reference_ssd(*arguments, chunk_size)
+    return y, final_states if return_final_states else final_states.new_empty(0)
+
+
+def _fake(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_states: Tensor | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+    return_final_states: bool,
+    chunk_size: int | None,
+    state_dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    batch, _, heads, head_dim = x.shape
+    shape = (batch, heads, head_dim, B.shape[3]) if return_final_states else (0,)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(x.shape), x.new_empty(shape, dtype=dtype)
+
+
+register(
+    "ssd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
+    "Tensor? initial_states, bool dt_softplus, float dt_min, float dt_max, bool return_final_states, "
+    "int? chunk_size, ScalarType state_dtype, str backend) -> (Tensor, Tensor)",
+    _run,
+    _fake,
+)
