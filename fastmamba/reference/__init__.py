@@ -1,0 +1,14 @@
+"""The maths of every op in plain PyTorch: CPU backend, autograd fallback and, fed float64, the oracle of the tests.
+
+Nothing here validates its arguments (the public functions in ``fastmamba.ops`` do) and nothing here imports more than torch.
+"""
+
+from __future__ import annotations
+
+from .causal_conv1d import causal_conv1d, causal_conv1d_update
+from .gated_rms_norm import gated_rms_norm
+from .recurrence import ssd_recurrence
+from .ssd import ssd
+from .ssd_step import ssd_step
+
+__all__ = ["causal_conv1d", "causal_conv1d_update", "gated_rms_norm", "ssd", "ssd_recurrence", "ssd_step"]

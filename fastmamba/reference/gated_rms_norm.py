@@ -1,0 +1,78 @@
+"""RMS norm with a SiLU gate, in plain PyTorch, a few rows at a time."""
+
+from __future__ import annotations
+
+import torch
+
+from ._common import Scratch, cast, compute_dtype_of, needs_grad, silu
+
+_BLOCK = 1 << 17  # elements normed at a time: two such float32 buffers stay in cache
+
+
+def gated_rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    gate: torch.Tensor | None,
+    eps: float,
+    group_size: int | None,
+    norm_before_gate: bool,
+) -> torch.Tensor:
+    """``norm(x silu(gate)) weight``, or ``norm(x) weight silu(gate)`` with ``norm_before_gate``. Differentiable.
+
+    Args:
+        x: (..., D).
+        weight: (D,).
+        gate: (..., D), any strides, or None for no gate.
+        eps: added to the mean square.
+        group_size: divides D; each such run of channels is normed by itself. None: all of D.
+        norm_before_gate: whether the gate comes after the norm.
+
+    Returns:
+        y (..., D), contiguous, in x.dtype. Arithmetic is in float32 (float64 for float64 inputs).
+    """
+    dtype = compute_dtype_of(x)
+    width = x.shape[-1]
+    group_size = group_size or width
+    recording = needs_grad(x, weight, gate)
+    scratch = Scratch(dtype, x.device, recording)
+    weight = weight.to(dtype)
+    y = None if recording else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    # Views, also of slices of one projection.
+    rows, gates, results = (None if tensor is None else tensor.reshape(-1, width) for tensor in (x, gate, y))
+    if results is None:
+        return _norm(rows, weight, gates, eps, group_size, norm_before_gate, scratch, None).view(x.shape)
+    step = max(1, _BLOCK // width)
+    for start in range(0, rows.shape[0], step):
+        block = slice(start, start + step)
+        gate_block = None if gates is None else gates[block]
+        _norm(rows[block], weight, gate_block, eps, group_size, norm_before_gate, scratch, results[block])
+    return y
+
+
+def _norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    gate: torch.Tensor | None,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool,
+    scratch: Scratch,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    """Norm the rows (R, D), into ``out`` where there is one."""
+    dtype, shape = scratch.dtype, tuple(x.shape)
+    y = cast(x, dtype, scratch("y", shape))
+    if gate is not None:
+        gate = silu(gate, dtype, scratch("gate", shape))
+        if not norm_before_gate:
+            y = torch.mul(y, gate, out=scratch("y", shape))
+    grouped = y.unflatten(1, (-1, group_size))
+    scale = torch.rsqrt(torch.linalg.vector_norm(grouped, dim=2, keepdim=True).square() / group_size + eps)
+    y = torch.mul(grouped, scale, out=scratch("y", tuple(grouped.shape))).view(shape)
+    if gate is not None and norm_before_gate:
+        y = torch.mul(y, gate, out=scratch("y", shape))
+    target = out if out is not None and out.dtype == dtype else scratch("y", shape)
+    y = torch.mul(y, weight, out=target)
+    if out is None:
+        return y.to(x.dtype)
+    return out if y is out else out.copy_(y)
