@@ -1,0 +1,63 @@
+# Each of these makes what it needs under .venv from a bare Python, and costs nothing to run again:
+#   make test    the tests, on the newest and on the lowest supported transformers
+#   make check   format, lint, types
+#   make demo    time prefill, original against patched: table, plot, JSON
+# Variables: PYTHON (>= 3.10), TORCH (what to give pip for torch), ARGS (passed to pytest or to the demo).
+
+PYTHON ?= python3
+# torch goes in first and pinned: resolved later, a looser requirement may fetch another build of several gigabytes.
+TORCH ?= torch==2.13.0
+LOWEST_TRANSFORMERS ?= 5.15.0
+LOWEST_TRITON ?= 3.6.0
+ARGS ?=
+
+VENV := .venv
+LOWEST := $(VENV)/transformers-$(LOWEST_TRANSFORMERS)
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+# Tests build their own small models, so nothing is to be fetched.
+OFFLINE := HF_HUB_OFFLINE=1
+PURELIB := import sysconfig; print(sysconfig.get_path("purelib"))
+TRITON := import torch, triton; print("" if torch.version.cuda else "triton==$(LOWEST_TRITON)")
+
+.DELETE_ON_ERROR:
+.PHONY: help test check demo clean
+
+help:
+	@sed -n '2,6s/^# \{0,1\}//p' Makefile
+
+test: $(VENV)/test.stamp $(LOWEST)/stamp
+	$(OFFLINE) $(VENV)/bin/python -m pytest $(ARGS)
+	$(OFFLINE) $(LOWEST)/bin/python -m pytest $(ARGS)
+
+check: $(VENV)/dev.stamp
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyrefly check --python-interpreter-path $(VENV)/bin/python
+
+demo: $(VENV)/demo.stamp
+	$(VENV)/bin/python examples/prefill_timing.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+$(VENV)/torch.stamp:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastmamba needs Python >= 3.10: make PYTHON=/path/to/it")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) '$(TORCH)'
+	@touch $@
+
+# demo, test, dev: the extra of that name in pyproject.toml.
+$(VENV)/%.stamp: pyproject.toml $(VENV)/torch.stamp
+	$(PIP) --editable '.[$*]'
+	@touch $@
+
+# Another transformers, .venv/transformers-VERSION: an environment that sees the first one's packages and puts its own
+# before them, so that only transformers and what it pins are there twice. Beside the lowest one goes the lowest triton;
+# a CUDA build of torch keeps the triton that it was built for.
+$(VENV)/transformers-%/stamp: $(VENV)/test.stamp
+	$(VENV)/bin/python -m venv $(@D)
+	@echo "import site; site.addsitedir('$$($(VENV)/bin/python -c '$(PURELIB)')')" \
+	  > "$$($(@D)/bin/python -c '$(PURELIB)')/newest.pth"
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check 'transformers==$*' \
+	  $(if $(filter $*,$(LOWEST_TRANSFORMERS)),$$($(VENV)/bin/python -c '$(TRITON)' 2> /dev/null))
+	@touch $@

@@ -1,0 +1,1 @@
+"""Measuring tools: what runs the quality and speed figures. Not part of the installed package."""

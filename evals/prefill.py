@@ -1,0 +1,369 @@
+"""Time prefill of one model, original against patched, in a process of its own.
+
+The process is what makes a crash an entry in the table: an illegal memory access ends a CUDA context, and an original
+that outgrows the memory may be killed. The patched figures are then taken again in a fresh process, and the run goes
+on.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import multiprocessing
+import multiprocessing.connection
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import fastmamba
+from evals import memory, shapes
+from evals.timing import summary, timed
+
+SIDES = ("patched", "original")  # patched first: what an original breaks must not cost its figures
+
+# How far patched and original logits may differ where no float32 run can judge both (relative, root mean square).
+# Two runs that each round at every layer differ by more than either errs; on CUDA, kernels that transformers picks up
+# multiply float32 in TF32.
+DIFFERENCE_BOUND = {
+    ("float32", "cpu"): 1e-4,
+    ("float32", "cuda"): 1e-2,
+    ("float16", "cpu"): 2e-2,
+    ("float16", "cuda"): 2e-2,
+    ("bfloat16", "cpu"): 1e-1,
+    ("bfloat16", "cuda"): 1e-1,
+}
+# Where one can: patched may err this many times what the original errs, against the original in float32.
+ERROR_RATIO = 2.0
+CHECKED_POSITIONS = 64
+# Runs of each side a row: one compared, one whose memory is measured, and those that are timed.
+UNTIMED_RUNS = 2
+LONGEST_SEGMENT = 16 * 1024
+SEGMENTED_SECONDS = 30.0  # what the original in segments may take
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every model of a run is measured with."""
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    layers: int | None = None
+    batch: int = 1
+    repeats: int = 5
+    seed: int = 0
+    scope: str = "mixer"
+    backend: str = "auto"
+    original: bool = True
+    reference_tokens: int = 4096
+    time_limit: float = 600.0
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if (self.dtype, torch.device(self.device).type) not in DIFFERENCE_BOUND:
+            raise ValueError(f"no comparison bound for dtype {self.dtype} on {self.device}")
+
+    @property
+    def bound(self) -> float:
+        return DIFFERENCE_BOUND[self.dtype, torch.device(self.device).type]
+
+
+def load(name: str, settings: Settings) -> PreTrainedModel:
+    """A built-in shape with random weights, or a model from the hub or a folder."""
+    dtype, device = getattr(torch, settings.dtype), torch.device(settings.device)
+    if name in shapes.NAMES:
+        return shapes.build(name, settings.layers, dtype, device, settings.seed)
+    config = AutoConfig.from_pretrained(name)
+    if settings.layers is not None:
+        config.num_hidden_layers = min(settings.layers, config.num_hidden_layers)
+        if "layer_types" in vars(config):
+            config.layer_types = config.layer_types[: config.num_hidden_layers]
+    return AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype).to(device).eval()
+
+
+# ---- inside the process -------------------------------------------------------------------------------------------
+
+
+class Measurement:
+    """One model and what is done with it. `phase` hears of each run before it starts, so that a death has an author."""
+
+    def __init__(self, model: PreTrainedModel, settings: Settings, phase: Callable[[str], None]) -> None:
+        self.model, self.settings, self.phase = model, settings, phase
+        self.device = torch.device(settings.device)
+
+    def row(self, tokens: int, sides: list[str], segments: tuple[str, int] | None, checks: bool) -> dict[str, Any]:
+        """Timings, memory and the comparison at one length.
+
+        `segments` names the side and the segment length of a prefill in pieces, to compare with where the original
+        cannot run in one or disagrees. Without `checks`, nothing runs for the sake of the comparison alone.
+        """
+        generator = torch.Generator().manual_seed(self.settings.seed + tokens)
+        vocabulary = self.model.config.get_text_config().vocab_size
+        ids = torch.randint(vocabulary, (self.settings.batch, tokens), generator=generator).to(self.device)
+        outcomes: dict[str, dict[str, Any]] = {}
+        logits: dict[str, torch.Tensor] = {}
+        peaks: dict[str, int | None] = {}
+        timings: dict[str, list[float]] = {side: [] for side in sides}
+        for side in sides:
+            outcomes[side], found = self._attempt(side, self._logits, ids)  # also the warm-up
+            if found is not None:
+                logits[side] = found
+        for side in sides:
+            if outcomes[side]["status"] == "ok":
+                outcomes[side], peaks[side] = self._attempt(side, self._peak, ids)
+        for _ in range(self.settings.repeats):
+            for side in sides:  # taken in turn, so that a machine that slows down slows both
+                if outcomes[side]["status"] == "ok":
+                    outcomes[side], ms = self._attempt(side, timed, lambda: self._prefill(ids), self.device)
+                    timings[side] += [ms] if ms is not None else []
+        for side in sides:
+            if outcomes[side]["status"] == "ok":
+                outcomes[side] |= summary(timings[side]) | {"peak_extra_bytes": peaks[side]}
+        return {"tokens": tokens, "check": self._check(ids, logits, segments if checks else None, checks)} | outcomes
+
+    def _attempt(
+        self, side: str, call: Callable[..., Any], *args: Any, phase: str | None = None
+    ) -> tuple[dict[str, Any], Any]:
+        """Run `call` with the model on `side`. Running out of memory is an outcome; anything else ends the process."""
+        self.phase(phase or side)
+        if side == "patched":
+            fastmamba.patch(self.model, scope=self.settings.scope, backend=self.settings.backend)
+        try:
+            with torch.no_grad():
+                value = call(*args)
+            # A patched model that quietly ran the original forward would compare well and prove nothing.
+            calls = [layer.original_calls for layer in fastmamba.report(self.model).layers if side == "patched"]
+            return {"status": "ok", "original_calls": next(filter(None, calls), {})}, value
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            message = str(error).splitlines()[0]
+        finally:
+            if side == "patched":
+                fastmamba.unpatch(self.model)
+        gc.collect()  # the traceback held what did not fit
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return {"status": "out of memory", "message": message}, None
+
+    def _prefill(self, ids: torch.Tensor) -> object:
+        return self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
+
+    def _peak(self, ids: torch.Tensor) -> int | None:
+        with memory.Peak(self.device) as peak:
+            self._prefill(ids)
+        return peak.extra
+
+    def _logits(self, ids: torch.Tensor, segment: int | None = None, float32: bool = False) -> torch.Tensor:
+        model = copy.deepcopy(self.model).float() if float32 else self.model
+        return checked_logits(model, ids, segment or ids.shape[1]).cpu()
+
+    def _check(
+        self, ids: torch.Tensor, logits: dict[str, torch.Tensor], segments: tuple[str, int] | None, reference: bool
+    ) -> dict[str, Any] | None:
+        if "patched" not in logits:
+            return None
+        result = None
+        if "original" in logits:
+            exact = None
+            if reference and self.settings.dtype != "float32" and ids.shape[1] <= self.settings.reference_tokens:
+                _, exact = self._attempt("original", self._logits, ids, None, True, phase="check")
+            result = compare(logits["patched"], logits["original"], exact, self.settings.bound)
+        if segments is None or (result and (result["passed"] or segments[0] != "original")):
+            return result
+        # No original to compare with, or one that may itself be wrong, as kernels with 32-bit offsets are at length.
+        side, length = segments
+        _, pieces = self._attempt(side, self._logits, ids, length, phase="check")
+        if pieces is None:
+            return result
+        second = compare(logits["patched"], pieces, None, self.settings.bound)
+        second["against"] = f"{side} prefill in segments of {length:,} tokens"
+        if result is None:
+            return second
+        return second | {"original_in_one_piece": result["difference"]} if second["passed"] else result
+
+
+def checked_logits(model: PreTrainedModel, ids: torch.Tensor, segment: int) -> torch.Tensor:
+    """Float32 logits at positions spread over the prompt, and of one token decoded from the cache it leaves.
+
+    The last one fails where the prefill hands on a wrong state. Shape (B, positions + 1, vocabulary).
+    """
+    tokens = ids.shape[1]
+    positions = torch.linspace(0, tokens - 1, min(CHECKED_POSITIONS, tokens), device=ids.device).round().long().unique()
+    cache: dict[str, Any] = {}
+    found = []
+    for start in range(0, tokens, segment):
+        piece = ids[:, start : start + segment]
+        wanted = positions[(positions >= start) & (positions < start + segment)] - start
+        output = model(input_ids=piece, use_cache=True, logits_to_keep=wanted if wanted.numel() else 1, **cache)
+        if wanted.numel():
+            found.append(output.logits.float())
+        cache = {name: output[name] for name in ("cache_params", "past_key_values") if output.get(name) is not None}
+    found.append(model(input_ids=ids[:, :1], use_cache=True, **cache).logits.float())
+    return torch.cat(found, dim=1)
+
+
+def compare(
+    patched: torch.Tensor, original: torch.Tensor, reference: torch.Tensor | None, bound: float
+) -> dict[str, Any]:
+    """Do the two agree? Against a float32 reference where there is one, else by how far they differ."""
+    result: dict[str, Any] = {"difference": _relative_error(patched, original), "positions": patched.shape[1]}
+    if reference is None:
+        result |= {"against": "original", "limit": bound}
+        error = result["difference"]
+    else:
+        result["original_error"] = _relative_error(original, reference)
+        error = result["patched_error"] = _relative_error(patched, reference)
+        result |= {"against": "original in float32", "limit": ERROR_RATIO * result["original_error"] + 1e-6}
+    result["passed"] = bool(error <= result["limit"]) and bool(torch.isfinite(patched).all())
+    return result
+
+
+def _relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    a, b = a.double(), b.double()
+    return float((a - b).norm() / b.norm().clamp_min(1e-30))
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    message = str(error)
+    return "not enough memory" in message or "can't allocate memory" in message or "out of memory" in message
+
+
+def _serve(pipe: multiprocessing.connection.Connection, name: str, settings: Settings) -> None:
+    """The process: load the model, answer jobs, end at None. Each message is (kind, value)."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if torch.device(settings.device).type == "cpu":
+        memory.limit()
+    try:
+        model = load(name, settings)
+        report = str(fastmamba.patch(model, scope=settings.scope, backend=settings.backend))
+        fastmamba.unpatch(model)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        pipe.send(("ready", {"parameters": parameters, "config": model.config.to_diff_dict(), "report": report}))
+        measurement = Measurement(model, settings, lambda side: pipe.send(("phase", side)))
+        while (job := pipe.recv()) is not None:
+            pipe.send(("row", measurement.row(*job)))
+    except Exception as error:
+        pipe.send(("error", f"{type(error).__name__}: {str(error).strip()}"))
+        os._exit(1)  # a broken CUDA context may hang in its own clean-up
+
+
+# ---- outside it ---------------------------------------------------------------------------------------------------
+
+
+class _Died(Exception):
+    def __init__(self, side: str | None, message: str) -> None:
+        super().__init__(message)
+        self.side = side
+
+
+class _Process:
+    def __init__(self, name: str, settings: Settings, phase: Callable[[str], None]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, name, settings), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._phase, self._limit = phase, settings.time_limit
+        self.info: dict[str, Any] = self._answer("ready", None)
+
+    def row(self, *job: Any) -> dict[str, Any]:
+        self._pipe.send(job)
+        return self._answer("row", self._limit)
+
+    def _answer(self, wanted: str, limit: float | None) -> dict[str, Any]:
+        side = None
+        while True:
+            if not self._pipe.poll(limit):
+                self.close()
+                raise _Died(side, f"no end within {limit:g} s")
+            try:
+                kind, value = self._pipe.recv()
+            except (EOFError, ConnectionResetError):
+                self._process.join()
+                raise _Died(side, f"the process died (exit code {self._process.exitcode})") from None
+            if kind == wanted:
+                return value
+            if kind == "error":
+                self.close()
+                raise _Died(side, value)
+            side = value
+            self._phase(value)
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+def measure(
+    name: str,
+    lengths: list[int],
+    settings: Settings,
+    ready: Callable[[dict[str, Any]], None] = lambda info: None,
+    phase: Callable[[str], None] = lambda side: None,
+) -> Iterator[dict[str, Any]]:
+    """Measure model `name` at each length, ascending; yields one row a length.
+
+    A row has "tokens", "patched" and "original" (each with a "status": "ok", "out of memory", "crashed", "not run";
+    with "median_ms", "min_ms", "max_ms", "ms", "peak_extra_bytes" and, by reason, the "original_calls" that a patched
+    layer handed back when ok; with a "message" when not), "speedup" and
+    "check" (see `compare`; None where nothing could be compared). After an original has failed, longer ones are not
+    tried. `ready` gets the loaded model's facts; `phase` hears "patched", "original" or "check" before each run. Raises
+    RuntimeError when the model cannot be loaded or patched.
+    """
+    process: _Process | None = None
+    failed: dict[str, Any] | None = None if settings.original else {"status": "not run", "message": "not asked for"}
+    proven: tuple[int, float] | None = None  # the longest original that ran, at most a segment, and its time
+    announced = False
+    try:
+        for tokens in sorted(set(lengths)):
+            outcomes: dict[str, dict[str, Any]] = {"original": failed} if failed else {}
+            row: dict[str, Any] = {}
+            checks = True
+            while wanted := [side for side in SIDES if side not in outcomes]:
+                if process is None:
+                    try:
+                        process = _Process(name, settings, phase)
+                    except _Died as death:
+                        raise RuntimeError(f"{name}: {death}") from None
+                    if not announced:
+                        ready(process.info)
+                        announced = True
+                try:
+                    row = process.row(tokens, wanted, _segments(tokens, proven), checks)
+                    break
+                except _Died as death:
+                    process = None
+                    if death.side == "check" and checks:
+                        checks = False
+                    else:
+                        outcomes[death.side or "patched"] = {"status": "crashed", "message": str(death)}
+            patched, original = (row.get(side) or outcomes[side] for side in SIDES)
+            row = {"tokens": tokens, "patched": patched, "original": original, "check": row.get("check")}
+            if failed is None and original["status"] != "ok":
+                failed = {"status": "not run", "message": f"failed at {tokens:,} tokens: {original['status']}"}
+            if original["status"] == "ok" and tokens <= LONGEST_SEGMENT:
+                proven = (tokens, original["median_ms"])
+            both = patched["status"] == original["status"] == "ok"
+            row["speedup"] = original["median_ms"] / patched["median_ms"] if both else None
+            yield row
+    finally:
+        if process is not None:
+            process.close()
+
+
+def _segments(tokens: int, proven: tuple[int, float] | None) -> tuple[str, int] | None:
+    """What to compare with where the original cannot run in one piece: itself in pieces, or else the patched model."""
+    if proven and proven[0] < tokens and proven[1] / 1e3 * tokens / proven[0] < SEGMENTED_SECONDS:
+        return "original", proven[0]
+    length = min(LONGEST_SEGMENT, -(-tokens // 8))
+    return ("patched", length) if length < tokens else None

@@ -1,0 +1,1 @@
+"""What knows transformers: which layers are Mamba-2 mixers, and how the fast forward gets onto them and off again."""

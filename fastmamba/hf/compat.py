@@ -1,0 +1,85 @@
+"""What differs between the supported transformers versions: how a cache is read and written, how the norm groups."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import transformers
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, LinearAttentionLayer
+
+SUPPORTED = ((5, 15), (5, 24))
+"""Lowest supported (major, minor), and the first that is not."""
+
+
+def check_version() -> None:
+    """Raise unless the installed transformers is one that was tested."""
+    version = transformers.__version__
+    found = re.match(r"(\d+)\.(\d+)", version)
+    low, high = SUPPORTED
+    if found is None or not low <= (int(found[1]), int(found[2])) < high:
+        bounds = ">={}.{},<{}.{}".format(*low, *high)
+        raise RuntimeError(f"transformers {version} is not supported; fastmamba is tested with transformers{bounds}")
+
+
+class CacheState:
+    """One layer's part of a transformers cache, for `mixer_forward`."""
+
+    __slots__ = ("_cache", "_index", "_width", "conv", "record_past", "ssm")
+
+    def __init__(self, cache: Any, layer: Any, index: int, width: int) -> None:
+        self._cache, self._index, self._width = cache, index, width
+        known = layer.has_previous_state[0]  # after a reset the tensors are there, zeroed, and hold nothing
+        self.conv: Tensor | None = layer.conv_states[0] if known else None
+        self.ssm: Tensor | None = layer.recurrent_states[0] if known else None
+        self.record_past: bool = layer.record_past
+
+    def write_conv(self, inputs: Tensor) -> None:
+        """Append inputs (B, channels, T) to the conv state, in place unless the cache records its past."""
+        self._cache.update_conv_state(inputs, self._index, conv_kernel_size=self._width)
+
+    def write_ssm(self, states: Tensor) -> None:
+        """Copy states (B, H, P, N) into the cache."""
+        self._cache.update_recurrent_state(states, self._index)
+
+
+def cache_layer(cache: Any, index: int) -> Any | None:
+    """Return a cache's layer, or None where cache or layer don't keep Mamba states in the way transformers does.
+
+    A subclass that writes them differently (compressed, say) is not read behind its back.
+    """
+    layers = getattr(cache, "layers", None)
+    if layers is None or not 0 <= index < len(layers):
+        return None
+    layer = layers[index]
+    writes = getattr(type(layer), "update_conv_state", None), getattr(type(layer), "update_recurrent_state", None)
+    if writes != (LinearAttentionLayer.update_conv_state, LinearAttentionLayer.update_recurrent_state):
+        return None
+    kind = type(cache)
+    if getattr(kind, "update_conv_state", None) is not Cache.update_conv_state:
+        return None
+    if getattr(kind, "update_recurrent_state", None) is not Cache.update_recurrent_state:
+        return None
+    return layer
+
+
+def norm_plan(mixer: nn.Module) -> dict[str, Any]:
+    """Read a mixer's norm: the fields of `MixerPlan` that describe it.
+
+    A norm carries group_size (all but FalconH1 from 5.23, some before), or n_groups and norm_before_gate (FalconH1), or
+    neither: then it norms the whole width. A module of another kind, such as an adapter's wrapper, is called as it is.
+    """
+    norm = mixer.norm
+    if isinstance(norm, nn.Identity):
+        return {"gated": False}
+    if not type(norm).__name__.endswith("RMSNormGated") or not type(norm).__module__.startswith("transformers.models."):
+        return {}
+    group_size = getattr(norm, "group_size", None)
+    if group_size is None and hasattr(norm, "n_groups"):
+        group_size = norm.weight.shape[0] // norm.n_groups
+    return {
+        "norm_class": type(norm),
+        "norm_group_size": group_size,
+        "norm_before_gate": getattr(norm, "norm_before_gate", False),
+    }

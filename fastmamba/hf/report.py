@@ -1,0 +1,98 @@
+"""What patch() did to each layer, and which calls the fast forward handed back to the original one."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+
+class FastMambaWarning(UserWarning):
+    """A patched model runs correctly, but not the way its user probably meant."""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One mixer layer."""
+
+    name: str
+    """Its name in the model."""
+    mixer: str
+    """Its class."""
+    device: str
+    """Where its weights are (or are brought to, if they are offloaded)."""
+    status: str
+    """"fast", or "original" for a layer that runs transformers' forward."""
+    scope: str | None = None
+    """What is fast in it: "mixer" or "ssd"."""
+    backends: dict[str, str] = field(default_factory=dict)
+    """What serves each op, "triton" or "torch"."""
+    reason: str = ""
+    """Why the layer is not fast."""
+    original_calls: dict[str, int] = field(default_factory=dict)
+    """Calls that a fast layer handed to the original forward, by reason."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The mixer layers of a model. `print` it for a table."""
+
+    model: str
+    """The model's class."""
+    layers: tuple[LayerReport, ...] = ()
+    note: str = ""
+
+    @property
+    def patched(self) -> int:
+        """How many layers have the fast forward."""
+        return sum(layer.status == "fast" for layer in self.layers)
+
+    def __str__(self) -> str:
+        lines = [f"fastmamba: {self.patched} of {len(self.layers)} Mamba-2 layers of {self.model} patched"]
+        if self.note:
+            lines.append(self.note)
+        header = ("layer", "class", "device", "status", "backend", "reason")
+        rows = [header, *(_row(layer) for layer in self.layers)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        if self.layers:
+            lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def _row(layer: LayerReport) -> tuple[str, ...]:
+    status = layer.status if layer.scope in (None, "mixer") else f"{layer.status} ({layer.scope} only)"
+    served = sorted(set(layer.backends.values()))
+    # One word where one backend serves everything.
+    backend = served[0] if len(served) == 1 else ", ".join(f"{op}: {name}" for op, name in layer.backends.items())
+    calls = ", ".join(f"{count}x original: {reason}" for reason, count in layer.original_calls.items())
+    return layer.name, layer.mixer, layer.device, status, backend, layer.reason or calls
+
+
+# Beside the modules and not on them: neither a pickle nor a deepcopy of a model carries counts.
+_original_calls: WeakKeyDictionary[nn.Module, Counter[str]] = WeakKeyDictionary()
+_warned: set[str] = set()
+
+
+def count_original(module: nn.Module, reason: str) -> None:
+    """Note that a patched module ran its original forward."""
+    _original_calls.setdefault(module, Counter())[reason] += 1
+
+
+def original_calls(module: nn.Module) -> dict[str, int]:
+    """How often a module's fast forward ran the original one, by reason."""
+    return dict(_original_calls.get(module, ()))
+
+
+def forget_calls(module: nn.Module) -> None:
+    """Start a module's counts anew."""
+    _original_calls.pop(module, None)
+
+
+def warn_once(message: str) -> None:
+    """Warn, once per process, of something a user would want to change."""
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, FastMambaWarning, stacklevel=2)

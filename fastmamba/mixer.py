@@ -1,0 +1,199 @@
+"""One Mamba-2 mixer forward: prefill, prefill that continues a cache, and the one-token step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastmamba.ops import causal_conv1d, causal_conv1d_update, gated_rms_norm, ssd, ssd_step
+
+
+class MixerView(Protocol):
+    """What the forward reads of a mixer, at each call, because users move, cast and merge weights.
+
+    The projection splits, in this order, into z (D) | x (D) | B (G*N) | C (G*N) | dt (H), with D = H*P.
+    """
+
+    num_heads: int  # H
+    head_dim: int  # P
+    n_groups: int  # G
+    ssm_state_size: int  # N
+    intermediate_size: int  # D
+    conv_dim: int  # D + 2*G*N
+    conv_kernel_size: int  # W
+    time_step_limit: tuple[float, float]
+    activation: str
+    A_log: Tensor  # (H,)
+    D: Tensor  # (H,)
+    dt_bias: Tensor  # (H,)
+    # Modules. The projections are called, never read: adapters, quantised weights and offloading live in the call.
+    in_proj: Callable[[Tensor], Tensor]
+    out_proj: Callable[[Tensor], Tensor]
+    conv1d: Any
+    norm: Any
+
+
+@dataclass(frozen=True)
+class MixerPlan:
+    """What does not change from call to call."""
+
+    backend: str = "auto"
+    gated: bool = True
+    """Whether the mixer has a gated norm; without one, z gates the scan's output."""
+    norm_class: type | None = None
+    """Class of a norm that `gated_rms_norm` may replace; a norm of any other class is called as the module it is."""
+    norm_group_size: int | None = None
+    norm_before_gate: bool = False
+    in_scale: str | None = None
+    """Attribute of the mixer that multiplies the input of in_proj."""
+    projection_scale: str | None = None
+    """Attribute of the mixer that multiplies the projection."""
+
+
+class MixerState(Protocol):
+    """A layer's part of a cache, as the forward sees it."""
+
+    conv: Tensor | None
+    """(B, D + 2*G*N, S), the last inputs of the convolution, oldest first; None before the first token."""
+    ssm: Tensor | None
+    """(B, H, P, N); None before the first token."""
+    record_past: bool
+    """The cache keeps every input of the convolution, so that it can be rolled back."""
+
+    def write_conv(self, inputs: Tensor) -> None:
+        """Append inputs (B, D + 2*G*N, T) to the conv state."""
+
+    def write_ssm(self, states: Tensor) -> None:
+        """Replace the state by (B, H, P, N)."""
+
+
+def norm_is_plain(mixer: MixerView, plan: MixerPlan) -> bool:
+    """Whether the norm can be fused: of the class the plan knows, with no forward hook of the user's to miss."""
+    norm = mixer.norm
+    return type(norm) is plan.norm_class and not norm._forward_hooks and not norm._forward_pre_hooks
+
+
+def mixer_forward(
+    mixer: MixerView, plan: MixerPlan, hidden_states: Tensor, state: MixerState | None, mask: Tensor | None
+) -> Tensor:
+    """Run a mixer.
+
+    Args:
+        mixer: the module.
+        plan: what is fixed for it.
+        hidden_states: (B, T, hidden size).
+        state: the layer's cache, read and written in place; None runs without one.
+        mask: (B, T), 0 at padding; it multiplies hidden_states, and x, B and C after the convolution, but not dt.
+
+    Returns:
+        (B, T, hidden size), what out_proj makes of it.
+    """
+    backend = plan.backend
+    dtype = hidden_states.dtype
+    if mask is not None:
+        hidden_states = (hidden_states * mask[:, :, None]).to(dtype)
+    if plan.in_scale is not None:
+        hidden_states = hidden_states * getattr(mixer, plan.in_scale)
+    projected = mixer.in_proj(hidden_states)  # [B, T, 2*D + 2*G*N + H]
+    if plan.projection_scale is not None:
+        projected = projected * getattr(mixer, plan.projection_scale)
+
+    batch, tokens = projected.shape[:2]
+    inner, heads = mixer.intermediate_size, mixer.num_heads
+    head_dim, groups, state_size = mixer.head_dim, mixer.n_groups, mixer.ssm_state_size
+    z, conv_in, dt = projected.split((inner, mixer.conv_dim, heads), dim=-1)
+    conv1d = mixer.conv1d
+    weight = conv1d.weight.squeeze(1)
+    A = -torch.exp(mixer.A_log.float())
+    scan_z = None if plan.gated else z.view(batch, tokens, heads, head_dim)
+
+    ssm = None if state is None else state.ssm
+    stepping = ssm is not None and tokens == 1
+    if stepping and not state.record_past:
+        conv_out = causal_conv1d_update(
+            conv_in[:, 0], state.conv, weight, conv1d.bias, activation=mixer.activation, backend=backend
+        )[:, None]
+    else:
+        width = mixer.conv_kernel_size
+        conv_out = causal_conv1d(
+            conv_in,
+            weight,
+            conv1d.bias,
+            initial_states=_last_inputs(state, width),
+            mask=mask,
+            activation=mixer.activation,
+            backend=backend,
+        )
+        if state is not None:  # after the convolution has read the old conv state
+            kept = conv_in if state.record_past else conv_in[:, -width:]
+            state.write_conv(kept.transpose(1, 2))
+
+    x, B, C = conv_out.split((inner, groups * state_size, groups * state_size), dim=-1)
+    x = x.view(batch, tokens, heads, head_dim)
+    B = B.view(batch, tokens, groups, state_size)
+    C = C.view(batch, tokens, groups, state_size)
+    if stepping:
+        step_z = None if scan_z is None else scan_z[:, 0]
+        y = ssd_step(
+            ssm,
+            x[:, 0],
+            dt[:, 0],
+            A,
+            B[:, 0],
+            C[:, 0],
+            mixer.D,
+            step_z,
+            mixer.dt_bias,
+            dt_softplus=True,
+            backend=backend,
+        )
+    else:
+        y = ssd(
+            x,
+            dt,
+            A,
+            B,
+            C,
+            mixer.D,
+            scan_z,
+            mixer.dt_bias,
+            ssm,
+            dt_softplus=True,
+            dt_limit=mixer.time_step_limit,
+            return_final_states=state is not None,
+            backend=backend,
+        )
+        if state is not None:
+            y, final = y
+            state.write_ssm(final)
+
+    y = y.view(batch, tokens, inner)
+    if plan.gated:
+        norm = mixer.norm
+        if norm_is_plain(mixer, plan):
+            y = gated_rms_norm(
+                y,
+                norm.weight,
+                z,
+                eps=norm.variance_epsilon,
+                group_size=plan.norm_group_size,
+                norm_before_gate=plan.norm_before_gate,
+                backend=backend,
+            )
+        else:
+            y = norm(y, z)
+    return mixer.out_proj(y.to(dtype))
+
+
+def _last_inputs(state: MixerState | None, width: int) -> Tensor | None:
+    """The W - 1 inputs before this call's first, (B, D + 2*G*N, W - 1)."""
+    if state is None or state.conv is None:
+        return None
+    missing = width - 1 - state.conv.shape[-1]
+    # A cache that records its past does not pad a first call of fewer than W - 1 tokens.
+    return F.pad(state.conv, (missing, 0)) if missing > 0 else state.conv[..., state.conv.shape[-1] - (width - 1) :]
