@@ -1,9 +1,17 @@
-"""Tests marked `gpu` run where there is a CUDA device and say why where there is none."""
+"""Tests marked `gpu` run where there is a CUDA device and say why where there is none.
+
+Without one, Triton kernels run in Triton's interpreter: it has to be chosen before triton is imported.
+"""
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -13,3 +21,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Both backends: Triton on the GPU where there is one, else in its interpreter."""
+    return request.param
+
+
+@pytest.fixture
+def device(backend: str) -> torch.device:
+    """Where `backend` runs."""
+    return torch.device("cuda" if backend == "triton" and torch.cuda.is_available() else "cpu")

@@ -1,13 +1,13 @@
 """The SSD prefill in one Triton launch.
 
-A block owns one (batch row, head, slice of P) over one segment of the sequence, and keeps the state in registers in float32
-while it walks the segment chunk by chunk. Where batch x heads does not fill the GPU, the sequence is split into several
-segments. Then a block first sums up what its own segment adds to the state (a short pass over x and B), waits for the
-state that the segment before hands over, hands its own on, and only then walks the segment for the output.
+A block owns one (batch row, head, slice of P) over one segment of the sequence, and keeps the state in registers in
+float32 while it walks the segment chunk by chunk. Where batch x heads does not fill the GPU, the sequence is split into
+several segments. Then a block first sums up what its own segment adds to the state (a short pass over x and B), waits
+for the state that the segment before hands over, hands its own on, and only then walks the segment for the output.
 
 Blocks take their work from an atomic ticket, segments in order, so a block only ever waits for a block that has already
-started: no start order can deadlock. Which block does a piece of work never changes what is added to what in which order, so
-the bits are the same on every run.
+started: no start order can deadlock. Which block does a piece of work never changes what is added to what in which
+order, so the bits are the same on every run.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def _discretize(
     dt_ptr,  # at [b, first token of the segment, h]
-    cum_ptr,  # at [b, h, first token of the segment]
-    step_ptr,
+    step_ptr,  # at [b, h, first token of the segment]
+    cum_ptr,
+    low_ptr,
     stride_dt_t,
     tokens,  # left from the segment's first token on
     chunks,
@@ -39,10 +40,16 @@ def _discretize(
     dt_max,
     SOFTPLUS: tl.constexpr,
     CLAMP: tl.constexpr,
+    COMPENSATED: tl.constexpr,
     Q: tl.constexpr,
     R: tl.constexpr,
 ):
-    """Leave dt and, per chunk, the running sum of dt * A * log2(e) in scratch memory: [b, h, t], contiguous in t."""
+    """Leave dt and, per chunk, the running sum of dt * A * log2(e) in scratch memory: [b, h, t], contiguous in t.
+
+    A decay is the power of two of a difference of such sums. Where they reach hundreds, float32 alone leaves the
+    difference an absolute error near 1e-5: nothing to half precision, but many roundings of float32. COMPENSATED keeps
+    what rounding the sum lost beside it.
+    """
     row = tl.arange(0, R)
     col = tl.arange(0, Q)
     for first in range(0, chunks, R):
@@ -55,9 +62,14 @@ def _discretize(
         if CLAMP:
             dt = tl.minimum(tl.maximum(dt, dt_min), dt_max)
         dt = tl.where(inside, dt, 0.0)  # past the end: no decay, no input
-        cum = tl.cumsum(dt * (A * LOG2E), axis=1)
         own = (first + row)[:, None] < chunks
         tl.store(step_ptr + t, dt, mask=own)
+        if COMPENSATED:
+            exact = tl.cumsum(dt.to(tl.float64) * (tl.cast(A, tl.float64) * LOG2E), axis=1)
+            cum = exact.to(tl.float32)
+            tl.store(low_ptr + t, (exact - cum.to(tl.float64)).to(tl.float32), mask=own)
+        else:
+            cum = tl.cumsum(dt * (A * LOG2E), axis=1)
         tl.store(cum_ptr + t, cum, mask=own)
     tl.debug_barrier()  # the block's other threads read it back
 
@@ -69,9 +81,9 @@ def _rows(ptr, stride, row, has_row, col, has_col):
 
 
 @triton.jit
-def _absorb(state, x, Bc, cum, step, last, PRECISION: tl.constexpr):
+def _absorb(state, x, Bc, cum, low, step, last, PRECISION: tl.constexpr):
     """The state after a chunk, [P, N], from the state before it and the chunk's x [Q, P] and B [Q, N]."""
-    xw = (x.to(tl.float32) * (step * tl.exp2(last - cum))[:, None]).to(x.dtype)
+    xw = (x.to(tl.float32) * (step * tl.exp2((last - cum) - low))[:, None]).to(x.dtype)
     return state * tl.exp2(last) + dot(tl.trans(xw), Bc, PRECISION)
 
 
@@ -89,8 +101,9 @@ def _ssd_kernel(
     y_ptr,
     final_ptr,
     handed_ptr,
-    cum_ptr,
     step_ptr,
+    cum_ptr,
+    low_ptr,
     sync_ptr,
     T,
     H,
@@ -122,6 +135,7 @@ def _ssd_kernel(
     R: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     CLAMP: tl.constexpr,
+    COMPENSATED: tl.constexpr,
     D_PER_HEAD: tl.constexpr,
     D_PER_CHANNEL: tl.constexpr,
     GATED: tl.constexpr,
@@ -163,12 +177,15 @@ def _ssd_kernel(
 
     # -- dt and decays of the whole segment, outside the main loops. Slices of P would write the same: each has its own.
     scratch = ((b * H + h) * slices + part) * segments * chunks_per_segment * Q + first
-    cum_ptr += scratch
     step_ptr += scratch
+    cum_ptr += scratch
+    if COMPENSATED:
+        low_ptr += scratch
     _discretize(
         dt_ptr + b * stride_dt_b + first * stride_dt_t + h * stride_dt_h,
-        cum_ptr,
         step_ptr,
+        cum_ptr,
+        low_ptr,
         stride_dt_t,
         tokens,
         chunks,
@@ -178,6 +195,7 @@ def _ssd_kernel(
         dt_max,
         SOFTPLUS,
         CLAMP,
+        COMPENSATED,
         Q,
         R,
     )
@@ -205,9 +223,12 @@ def _ssd_kernel(
                 cum = tl.load(cum_ptr + at + q)
                 step = tl.load(step_ptr + at + q)
                 last = tl.load(cum_ptr + at + Q - 1)
+                low = 0.0
+                if COMPENSATED:
+                    low = tl.load(low_ptr + at + q) - tl.load(low_ptr + at + Q - 1)
                 x = _rows(x_seg + at * stride_x_t, stride_x_t, q, inside, p, has_p)  # [Q, P]
                 Bc = _rows(B_seg + at * stride_B_t, stride_B_t, q, inside, n, has_n)  # [Q, N]
-                own = _absorb(own, x, Bc, cum, step, last, PRECISION)
+                own = _absorb(own, x, Bc, cum, low, step, last, PRECISION)
                 decay += last
         if seg > 0:
             arrived = tl.atomic_add(flag - 1, 0, sem="acquire")
@@ -219,7 +240,7 @@ def _ssd_kernel(
         elif init_ptr is not None:
             state = tl.load(init_ptr + state_at, mask=has_state, other=0.0).to(tl.float32)
         if seg + 1 < segments:
-            tl.store(handed, own + state * tl.exp2(decay), mask=has_state)
+            tl.store(handed, (own + state * tl.exp2(decay)).to(handed_ptr.dtype.element_ty), mask=has_state)
             tl.debug_barrier()  # every thread's part is written before the flag rises
             tl.atomic_xchg(flag, 1, sem="release")
     elif init_ptr is not None:
@@ -236,6 +257,12 @@ def _ssd_kernel(
         cum = tl.load(cum_ptr + at + q)
         step = tl.load(step_ptr + at + q)
         last = tl.load(cum_ptr + at + Q - 1)
+        low = 0.0
+        since = cum[:, None] - cum[None, :]  # log2 of the decay from s to t, [Q, Q]
+        if COMPENSATED:
+            low = tl.load(low_ptr + at + q)
+            since += low[:, None] - low[None, :]
+            low -= tl.load(low_ptr + at + Q - 1)
         inside = q < tokens - c * Q
         x = _rows(x_seg + at * stride_x_t, stride_x_t, q, inside, p, has_p)  # [Q, P]
         Bc = _rows(B_seg + at * stride_B_t, stride_B_t, q, inside, n, has_n)  # [Q, N]
@@ -246,9 +273,9 @@ def _ssd_kernel(
         # within the chunk
         scores = dot(Cc, tl.trans(Bc), PRECISION)  # [Q, Q]
         causal = q[:, None] >= q[None, :]
-        scores = tl.where(causal, scores * tl.exp2(cum[:, None] - cum[None, :]) * step[None, :], 0.0)
+        scores = tl.where(causal, scores * tl.exp2(since) * step[None, :], 0.0)
         y += dot(scores.to(dtype), x, PRECISION)
-        state = _absorb(state, x, Bc, cum, step, last, PRECISION)
+        state = _absorb(state, x, Bc, cum, low, step, last, PRECISION)
 
         if D_PER_HEAD or D_PER_CHANNEL:
             y += x.to(tl.float32) * D
@@ -281,7 +308,11 @@ def ssd(
     chunk_size: int | None,
     state_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the fused SSD; arguments as `fastmamba.ops.ssd`, already checked. Returns (y, final states or an empty tensor)."""
+    """Launch the fused SSD; arguments as `fastmamba.ops.ssd`, already checked.
+
+    Returns:
+        y, and the final states or an empty tensor.
+    """
     batch, tokens, heads, head_dim = x.shape
     groups, width = B.shape[2], B.shape[3]
     config = ssd_config(x.device, x.dtype, batch, tokens, heads, head_dim, width, chunk_size)
@@ -301,7 +332,8 @@ def ssd(
     y = new((batch, tokens, heads, head_dim))
     final = new((batch, heads, head_dim, width) if return_final_states else (0,), dtype=torch.float32)
     handed = new(batch * heads * segments * head_dim * width if segments > 1 else 0, dtype=state_dtype)
-    cum, step = new((2, batch * heads * slices * segments * per_segment * chunk), dtype=torch.float32).unbind()
+    compensated = x.dtype == torch.float32
+    scratch = new((3 if compensated else 2, blocks * per_segment * chunk), dtype=torch.float32)
     sync = torch.zeros(1 + blocks, dtype=torch.int32, device=x.device) if segments > 1 else None
     with on_device(x):
         _ssd_kernel[(blocks,)](
@@ -317,8 +349,9 @@ def ssd(
             y,
             final,
             handed,
-            cum,
-            step,
+            scratch[0],
+            scratch[1],
+            scratch[2] if compensated else None,
             sync,
             tokens,
             heads,
@@ -340,6 +373,7 @@ def ssd(
             R=config.rows,
             SOFTPLUS=dt_softplus,
             CLAMP=dt_min > 0.0 or dt_max != float("inf") or (not dt_softplus),
+            COMPENSATED=compensated,
             D_PER_HEAD=D is not None and D.ndim == 1,
             D_PER_CHANNEL=D is not None and D.ndim == 2,
             GATED=z is not None,

@@ -27,8 +27,8 @@ def _interpreted() -> bool:
 def resolve_backend(backend: str, device: torch.device) -> str:
     """Return "triton" or "torch": what `backend` means for tensors on `device`.
 
-    "auto" takes Triton on a GPU where the package is installed and PyTorch anywhere else. "triton" on the CPU is allowed
-    only under TRITON_INTERPRET=1, Triton's debugging interpreter.
+    "auto" takes Triton on a GPU where the package is installed and PyTorch anywhere else. "triton" on the CPU is
+    allowed only under TRITON_INTERPRET=1, Triton's debugging interpreter.
 
     Raises:
         ValueError: an unknown `backend`.
@@ -45,6 +45,7 @@ def resolve_backend(backend: str, device: torch.device) -> str:
         raise RuntimeError("backend='triton' needs the triton package, which is not installed")
     if not on_gpu and not _interpreted():
         raise RuntimeError(
-            f"backend='triton' needs a GPU tensor, got one on {device} (allowed on the CPU only under TRITON_INTERPRET=1)"
+            f"backend='triton' needs a GPU tensor, got one on {device} "
+            "(on the CPU it runs only under TRITON_INTERPRET=1)"
         )
     return "triton"

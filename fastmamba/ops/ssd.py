@@ -39,8 +39,8 @@ def ssd(
         h_t  = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T
         y_t  = (h_t C_t + D x_t) silu(z_t)
 
-    computed chunk by chunk with matrix products (Dao and Gu, "Transformers are SSMs", section 6). On a GPU all of it is one
-    Triton launch.
+    computed chunk by chunk with matrix products (Dao and Gu, "Transformers are SSMs", section 6). On a GPU all of it is
+    one Triton launch.
 
     Args:
         x: (B, T, H, P), float16, bfloat16 or float32 (float64 too on the torch backend). Any strides.
@@ -55,8 +55,8 @@ def ssd(
         dt_limit: (low, high) bounds of dt, applied last.
         return_final_states: also return the state after the last token.
         chunk_size: tokens per chunk, a power of two from 16 to 256; None lets the backend choose.
-        state_dtype: dtype in which the Triton kernel hands states from one part of the sequence to the next: float32 or the
-            dtype of x.
+        state_dtype: dtype in which the Triton kernel hands states from one part of the sequence to the next: float32 or
+            the dtype of x.
         backend: "auto", "triton" or "torch".
 
     Returns:
@@ -65,7 +65,8 @@ def ssd(
 
     Raises:
         TypeError: an argument that is not a tensor where one is needed.
-        ValueError: shapes, dtypes or devices that do not fit, an empty input, bad `dt_limit`, `chunk_size` or `backend`.
+        ValueError: shapes, dtypes or devices that do not fit, an empty input, a bad `dt_limit`, `chunk_size`,
+            `state_dtype` or `backend`.
         RuntimeError: backend="triton" where it cannot run.
     """
     check_input("x", x, 4, "(B, T, H, P)")

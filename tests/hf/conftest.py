@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import pytest
+import torch
 from torch import nn
 
 from tests.hf.models import MAIN, MODELS, build
@@ -31,3 +33,12 @@ def main_model(request: pytest.FixtureRequest) -> nn.Module:
 @pytest.fixture
 def mamba2() -> nn.Module:
     return _fresh("mamba2")
+
+
+@pytest.fixture(autouse=True, scope="package")
+def one_thread() -> Iterator[None]:
+    """On models this small threads only wait for each other: for minutes, on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

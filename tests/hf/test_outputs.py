@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 
 import pytest
 import torch
@@ -87,6 +88,29 @@ def test_continue_then_decode(model, scope):
         assert [t.dtype for t in ours] == [t.dtype for t in theirs] == [torch.float32, torch.float32]
         for tensors in zip(ours, theirs, true, strict=True):
             assert_golden(*tensors)
+    assert_no_fallback(fast)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_triton(model, scope, device):
+    """The kernels, on the CPU in Triton's interpreter: a padded prefill, its continuation, a one-token step."""
+    if device == "cpu" and torch.cuda.is_available():
+        pytest.skip("the interpreter has to be chosen before triton is imported; here the kernels run on the GPU")
+    model = model.to(device)
+    fast = copy.deepcopy(model)
+    report = fastmamba.patch(fast, scope=scope, backend="triton")
+    assert {name for layer in report.layers for name in layer.backends.values()} == {"triton"}
+    ids, mask = tokens(2, 20).to(device), padding([20, 9], 20, "left").to(device)
+    caches = [None, None, None]
+    for low, high in [(0, 15), (15, 19), (19, 20)]:
+        exact, caches[0] = run_exact(model, ids[:, low:high], caches[0], attention_mask=mask[:, :high])
+        original, caches[1] = run(model, ids[:, low:high], caches[1], attention_mask=mask[:, :high])
+        actual, caches[2] = run(fast, ids[:, low:high], caches[2], attention_mask=mask[:, :high])
+        real = mask[:, low:high].bool()
+        # The kernels' float32 matrix products may be in several passes of TF32.
+        assert_golden(actual[real], original[real], exact[real], factor=4)
     assert_no_fallback(fast)
 
 
