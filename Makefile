@@ -15,9 +15,9 @@ VENV := .venv
 LOWEST := $(VENV)/transformers-$(LOWEST_TRANSFORMERS)
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 # Tests build their own small models, so nothing is to be fetched.
-OFFLINE := HF_HUB_OFFLINE=1
+TESTING := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 PURELIB := import sysconfig; print(sysconfig.get_path("purelib"))
-TRITON := import torch, triton; print("" if torch.version.cuda else "triton==$(LOWEST_TRITON)")
+TRITON := import torch, triton; print("" if torch.version.cuda else "triton==$(LOWEST_TRITON) numpy<2.4")
 
 .DELETE_ON_ERROR:
 .PHONY: help test check demo clean
@@ -25,9 +25,10 @@ TRITON := import torch, triton; print("" if torch.version.cuda else "triton==$(L
 help:
 	@sed -n '2,6s/^# \{0,1\}//p' Makefile
 
+# Two workers of one thread each are faster than one of two threads.
 test: $(VENV)/test.stamp $(LOWEST)/stamp
-	$(OFFLINE) $(VENV)/bin/python -m pytest $(ARGS)
-	$(OFFLINE) $(LOWEST)/bin/python -m pytest $(ARGS)
+	$(TESTING) $(VENV)/bin/python -m pytest --numprocesses 2 $(ARGS)
+	$(TESTING) $(LOWEST)/bin/python -m pytest --numprocesses 2 $(ARGS)
 
 check: $(VENV)/dev.stamp
 	$(VENV)/bin/ruff format --check .
@@ -52,8 +53,8 @@ $(VENV)/%.stamp: pyproject.toml $(VENV)/torch.stamp
 	@touch $@
 
 # Another transformers, .venv/transformers-VERSION: an environment that sees the first one's packages and puts its own
-# before them, so that only transformers and what it pins are there twice. Beside the lowest one goes the lowest triton;
-# a CUDA build of torch keeps the triton that it was built for.
+# before them, so that only transformers and what it pins are there twice. Beside the lowest one goes the lowest triton,
+# and the numpy that its interpreter knows; a CUDA build of torch keeps the triton that it was built for.
 $(VENV)/transformers-%/stamp: $(VENV)/test.stamp
 	$(VENV)/bin/python -m venv $(@D)
 	@echo "import site; site.addsitedir('$$($(VENV)/bin/python -c '$(PURELIB)')')" \

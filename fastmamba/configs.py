@@ -28,9 +28,21 @@ class SsdConfig:
     stages: int
 
 
+@dataclass(frozen=True)
+class _Limits:
+    """What a device offers."""
+
+    multiprocessors: int
+    shared_bytes: int
+    """Shared memory that one block may take."""
+
+
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+def _limits(device: torch.device) -> _Limits:
+    if device.type != "cuda":  # the interpreter, or an accelerator whose limits torch does not tell
+        return _Limits(4, 64 * 1024)
+    found = torch.cuda.get_device_properties(device)
+    return _Limits(found.multi_processor_count, getattr(found, "shared_memory_per_block_optin", 64 * 1024))
 
 
 def _power_of_2(value: int, least: int = 16) -> int:
@@ -48,26 +60,29 @@ def ssd_config(
     state: int,
     chunk_size: int | None,
 ) -> SsdConfig:
-    """Choose the launch configuration of the fused SSD kernel for a shape."""
+    """Choose the launch configuration of the fused SSD kernel for a shape; `chunk_size` is the largest chunk to take."""
     full = dtype == torch.float32
-    chunk = chunk_size or (32 if full else 64)
+    limits = _limits(device)
     block_p = min(_power_of_2(head_dim), 64)
     block_n = _power_of_2(state)
+    # In float32 a product is six of bfloat16 pieces, whose operands are held in registers: more than 32 rows spill.
+    chunk = min(chunk_size or 64, 32 if full else 256)
+    while chunk > 16 and (chunk * (block_p + 2 * block_n) + block_p * block_n) * dtype.itemsize > limits.shared_bytes:
+        chunk //= 2
     walks = batch * heads * -(-head_dim // block_p)  # independent ones, each over the whole sequence
     chunks = -(-tokens // chunk)
     per_segment = chunks
-    processors = _multiprocessors(device)
-    if walks < 4 * processors:
+    if walks < 4 * limits.multiprocessors:
         # Enough segments to fill the GPU, but each long enough to pay for its extra pass and the hand-over: at 80 heads
         # 16 chunks were best at 16K tokens and 64 at 128K (H200).
-        per_segment = min(chunks, max(16, -(-chunks * walks // (16 * processors))))
+        per_segment = min(chunks, max(16, -(-chunks * walks // (16 * limits.multiprocessors))))
     return SsdConfig(
         chunk=chunk,
         chunks_per_segment=per_segment,
         block_p=block_p,
         block_n=block_n,
         rows=16,
-        precision="tf32x3" if full else "tf32",
-        warps=4 if block_p * block_n <= 64 * 128 else 8,
+        precision="bf16x6" if full else "tf32",
+        warps=4 if block_p * block_n <= 64 * 128 and chunk <= 64 else 8,
         stages=1,
     )

@@ -51,7 +51,7 @@ def _conv_kernel(
         acc += tl.load(bias_ptr + c, mask=has_c, other=0.0).to(tl.float32)[None, :]
     x_block = x_ptr + b * stride_x_b + first * stride_x_t
     for k in tl.static_range(W):
-        back: tl.constexpr = W - 1 - k
+        back = W - 1 - k
         tap = tl.load(weight_ptr + c * W + k, mask=has_c, other=0.0).to(tl.float32)
         seen = inside & (t >= back)[:, None]
         x = tl.load(x_block + (row - back)[:, None] * stride_x_t + c[None, :] * stride_x_c, mask=seen, other=0.0)

@@ -54,7 +54,8 @@ def ssd(
         dt_softplus: apply softplus to dt (after dt_bias).
         dt_limit: (low, high) bounds of dt, applied last.
         return_final_states: also return the state after the last token.
-        chunk_size: tokens per chunk, a power of two from 16 to 256; None lets the backend choose.
+        chunk_size: tokens per chunk, a power of two from 16 to 256; None lets the backend choose. The Triton kernel
+            takes smaller chunks where such ones do not fit the GPU's shared memory.
         state_dtype: dtype in which the Triton kernel hands states from one part of the sequence to the next: float32 or
             the dtype of x.
         backend: "auto", "triton" or "torch".

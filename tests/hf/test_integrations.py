@@ -16,6 +16,9 @@ accelerate = pytest.importorskip("accelerate", reason="accelerate is not install
 hooks = pytest.importorskip("accelerate.hooks")
 peft = pytest.importorskip("peft", reason="peft is not installed")
 
+# PEFT asks transformers by the old name whether gradients are checkpointed.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
 
 def offload(model: nn.Module, way: str, folder: str) -> nn.Module:
     if way == "cpu":
@@ -150,9 +153,6 @@ def test_lora(main_model, first):
         assert_golden(model(input_ids=ids).logits, original, exact)
         with model.disable_adapter():
             torch.testing.assert_close(model(input_ids=ids).logits, plain, rtol=1e-4, atol=1e-4)
-        model.merge_adapter()
-        torch.testing.assert_close(model(input_ids=ids).logits, original, rtol=1e-4, atol=1e-4)
-        model.unmerge_adapter()
     assert all(layer.original_calls == {} for layer in fastmamba.report(model).layers)
 
     model.train()
@@ -162,6 +162,10 @@ def test_lora(main_model, first):
     loss.backward()
     adapted = [p for name, p in model.named_parameters() if "lora_B" in name]
     assert adapted and all(p.grad is not None and p.grad.abs().sum() > 0 for p in adapted)
+
+    model.eval().merge_adapter()
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, original, rtol=1e-4, atol=1e-4)
 
 
 def test_trained_norm(mamba2):
