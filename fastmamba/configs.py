@@ -60,7 +60,7 @@ def ssd_config(
     state: int,
     chunk_size: int | None,
 ) -> SsdConfig:
-    """Choose the launch configuration of the fused SSD kernel for a shape; `chunk_size` is the largest chunk to take."""
+    """Choose the launch configuration of the fused SSD kernel for a shape; `chunk_size` bounds its chunk."""
     full = dtype == torch.float32
     limits = _limits(device)
     block_p = min(_power_of_2(head_dim), 64)

@@ -13,7 +13,8 @@ _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 @triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
     """a @ b in float32. `PRECISION` says how float32 operands are multiplied (`tl.dot`'s input_precision)."""
-    if _INTERPRETED:  # it holds bfloat16 as integers and would multiply those
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, input_precision=PRECISION)
+    if _INTERPRETED:  # it holds bfloat16 as integers, would multiply those, and knows no other precision
+        product = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:
+        product = tl.dot(a, b, input_precision=PRECISION)
+    return product
