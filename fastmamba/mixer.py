@@ -74,8 +74,9 @@ class MixerState(Protocol):
 
 def norm_is_plain(mixer: MixerView, plan: MixerPlan) -> bool:
     """Whether the norm can be fused: of the class the plan knows, with no forward hook of the user's to miss."""
-    norm = mixer.norm
-    return type(norm) is plan.norm_class and not norm._forward_hooks and not norm._forward_pre_hooks
+    norm: Any = mixer.norm
+    kind: type = type(norm)
+    return kind is plan.norm_class and not norm._forward_hooks and not norm._forward_pre_hooks
 
 
 def mixer_forward(
@@ -109,51 +110,42 @@ def mixer_forward(
     z, conv_in, dt = projected.split((inner, mixer.conv_dim, heads), dim=-1)
     conv1d = mixer.conv1d
     weight = conv1d.weight.squeeze(1)
-    A = -torch.exp(mixer.A_log.float())
-    scan_z = None if plan.gated else z.view(batch, tokens, heads, head_dim)
 
-    ssm = None if state is None else state.ssm
+    conv, ssm = (None, None) if state is None else (state.conv, state.ssm)
     stepping = ssm is not None and tokens == 1
-    if stepping and not state.record_past:
+    recording = state is not None and state.record_past
+    if stepping and conv is not None and not recording:
         conv_out = causal_conv1d_update(
-            conv_in[:, 0], state.conv, weight, conv1d.bias, activation=mixer.activation, backend=backend
-        )[:, None]
+            conv_in[:, 0], conv, weight, conv1d.bias, activation=mixer.activation, backend=backend
+        )
     else:
         width = mixer.conv_kernel_size
         conv_out = causal_conv1d(
             conv_in,
             weight,
             conv1d.bias,
-            initial_states=_last_inputs(state, width),
+            initial_states=None if conv is None else _last_inputs(conv, width - 1),
             mask=mask,
             activation=mixer.activation,
             backend=backend,
         )
         if state is not None:  # after the convolution has read the old conv state
-            kept = conv_in if state.record_past else conv_in[:, -width:]
+            kept = conv_in if recording else conv_in[:, -width:]
             state.write_conv(kept.transpose(1, 2))
+        if stepping:
+            conv_out = conv_out[:, 0]
 
+    axes = (batch,) if stepping else (batch, tokens)
     x, B, C = conv_out.split((inner, groups * state_size, groups * state_size), dim=-1)
-    x = x.view(batch, tokens, heads, head_dim)
-    B = B.view(batch, tokens, groups, state_size)
-    C = C.view(batch, tokens, groups, state_size)
+    x = x.view(*axes, heads, head_dim)
+    B = B.view(*axes, groups, state_size)
+    C = C.view(*axes, groups, state_size)
+    scan_z = None if plan.gated else z.view(*axes, heads, head_dim)
+    A = -torch.exp(mixer.A_log.float())
     if stepping:
-        step_z = None if scan_z is None else scan_z[:, 0]
-        y = ssd_step(
-            ssm,
-            x[:, 0],
-            dt[:, 0],
-            A,
-            B[:, 0],
-            C[:, 0],
-            mixer.D,
-            step_z,
-            mixer.dt_bias,
-            dt_softplus=True,
-            backend=backend,
-        )
+        y = ssd_step(ssm, x, dt[:, 0], A, B, C, mixer.D, scan_z, mixer.dt_bias, dt_softplus=True, backend=backend)
     else:
-        y = ssd(
+        scanned: Any = ssd(
             x,
             dt,
             A,
@@ -168,8 +160,10 @@ def mixer_forward(
             return_final_states=state is not None,
             backend=backend,
         )
-        if state is not None:
-            y, final = y
+        if state is None:
+            y = scanned
+        else:
+            y, final = scanned
             state.write_ssm(final)
 
     y = y.view(batch, tokens, inner)
@@ -190,10 +184,8 @@ def mixer_forward(
     return mixer.out_proj(y.to(dtype))
 
 
-def _last_inputs(state: MixerState | None, width: int) -> Tensor | None:
-    """The W - 1 inputs before this call's first, (B, D + 2*G*N, W - 1)."""
-    if state is None or state.conv is None:
-        return None
-    missing = width - 1 - state.conv.shape[-1]
-    # A cache that records its past does not pad a first call of fewer than W - 1 tokens.
-    return F.pad(state.conv, (missing, 0)) if missing > 0 else state.conv[..., state.conv.shape[-1] - (width - 1) :]
+def _last_inputs(conv: Tensor, count: int) -> Tensor:
+    """The `count` last inputs in a conv state, (B, D + 2*G*N, count)."""
+    missing = count - conv.shape[-1]
+    # A cache that records its past does not pad a first call of fewer tokens.
+    return F.pad(conv, (missing, 0)) if missing > 0 else conv[..., -missing:]

@@ -70,7 +70,7 @@ def norm_plan(mixer: nn.Module) -> dict[str, Any]:
     A norm carries group_size (all but FalconH1 from 5.23, some before), or n_groups and norm_before_gate (FalconH1), or
     neither: then it norms the whole width. A module of another kind, such as an adapter's wrapper, is called as it is.
     """
-    norm = mixer.norm
+    norm: Any = mixer.norm
     if isinstance(norm, nn.Identity):
         return {"gated": False}
     if not type(norm).__name__.endswith("RMSNormGated") or not type(norm).__module__.startswith("transformers.models."):

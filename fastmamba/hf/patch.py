@@ -163,7 +163,7 @@ def _survey(model: object) -> list[_Layer]:
             continue
         family, cls = found
         slot = "_old_forward" if "_hf_hook" in module.__dict__ and "_old_forward" in module.__dict__ else "forward"
-        current = module.__dict__.get(slot)
+        current: Any = module.__dict__.get(slot)
         function = getattr(current, "__func__", None)
         binding = None
         if isinstance(function, types.FunctionType) and current.__self__ is module:

@@ -1,6 +1,6 @@
 """The maths of every op in plain PyTorch: CPU backend, autograd fallback and, fed float64, the oracle of the tests.
 
-Nothing here validates its arguments (the public functions in ``fastmamba.ops`` do) and nothing here imports more than torch.
+Nothing here validates its arguments (the public functions in ``fastmamba.ops`` do) or imports more than torch.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -20,25 +22,23 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
 
 
 class Scratch:
-    """Named buffers, allocated once per call and reused by every block of it: page faults cost more than the arithmetic.
+    """Named buffers, allocated once per call and reused by each of its blocks: fresh pages cost more than arithmetic.
 
-    ``scratch("name", shape)`` is what an ``out=`` argument takes: a buffer, or None while autograd records, since it must
-    keep every intermediate result. One spelling of the maths thus serves both.
+    ``scratch("name", shape)`` is what an ``out=`` argument takes: a buffer, or None while autograd records, since it
+    must keep every intermediate result. One spelling of the maths thus serves both.
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device, recording: bool) -> None:
         self.dtype, self.device, self.recording = dtype, device, recording
         self._buffers: dict[str, torch.Tensor] = {}
 
-    def __call__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> torch.Tensor | None:
+    def __call__(self, name: str, shape: tuple[int, ...]) -> torch.Tensor | None:
         if self.recording:
             return None
-        size = 1
-        for extent in shape:
-            size *= extent
+        size = math.prod(shape)
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < size:
-            buffer = self._buffers[name] = torch.empty(size, dtype=dtype or self.dtype, device=self.device)
+            buffer = self._buffers[name] = torch.empty(size, dtype=self.dtype, device=self.device)
         return buffer[:size].view(shape)
 
 

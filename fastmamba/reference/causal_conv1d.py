@@ -92,7 +92,7 @@ def causal_conv1d_update(
 
     Args:
         x: (B, C).
-        conv_state: (B, C, S) with S >= W-1, the last inputs, oldest first; updated in place: shifted left by one, x appended.
+        conv_state: (B, C, S) with S >= W-1, the last inputs, oldest first; in place, shifted left by one, x appended.
         weight: (C, W).
         bias: (C,) or None.
         activation: "silu" (or "swish") or None.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ._common import Scratch, cast, compute_dtype_of, needs_grad, silu
 
 _BLOCK = 1 << 18  # elements normed at a time, in two float32 buffers
+_RUN = 256  # squares summed one after the other
 
 
 def gated_rms_norm(
@@ -67,7 +70,10 @@ def _norm(
         if not norm_before_gate:
             y = torch.mul(y, gate, out=scratch("y", shape))
     grouped = y.unflatten(1, (-1, group_size))
-    scale = torch.rsqrt(torch.linalg.vector_norm(grouped, dim=2, keepdim=True).square() / group_size + eps)
+    # Summed in short runs: vector_norm needs no memory for the squares, but over a wide row it loses precision.
+    runs = grouped.unflatten(2, (-1, math.gcd(group_size, _RUN)))
+    squares = torch.linalg.vector_norm(runs, dim=3).square().sum(2, keepdim=True)
+    scale = torch.rsqrt(squares / group_size + eps)
     y = torch.mul(grouped, scale, out=scratch("y", tuple(grouped.shape))).view(shape)
     if gate is not None and norm_before_gate:
         y = torch.mul(y, gate, out=scratch("y", shape))

@@ -1,17 +1,16 @@
 """SSD (the Mamba-2 scan) in chunks, in plain PyTorch.
 
 Inside a chunk the recurrence unrolls into one lower-triangular matrix of weights per head,
-``M[i, j] = (C_i . B_j) exp(cum_i - cum_j) dt_j`` with ``cum`` the running sum of ``dt A``, applied to x; the tokens before
-the chunk reach it through the state. A few chunks of one sequence (a tile) are worked on at a time: nothing but the results
-grows with the sequence. With the heads of a group side by side, a product with B or C is one large matrix product per
-chunk and group.
+``M[i, j] = (C_i . B_j) exp(cum_i - cum_j) dt_j`` with ``cum`` the running sum of ``dt A``, applied to x; the tokens
+before the chunk reach it through the state. A few chunks of one sequence (a tile) are worked on at a time: nothing but
+the results grows with the sequence. With the heads of a group side by side, a product with B or C is one large matrix
+product per chunk and group.
 
 Axes beside the usual ones: K chunks of a tile, R = H/G heads of a group.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -22,7 +21,7 @@ from ._common import Scratch, cast, compute_dtype_of, needs_grad, silu
 
 _CHUNK = 64  # tokens
 _TILE = 256  # tokens worked on at a time
-_SUM = 32  # products summed in sequence
+_RUN = 32  # products summed one after the other
 
 # Decays are kept as powers of two: on CPU exp2 takes a third of exp's time, and no longer where it underflows.
 _LOG2_E = math.log2(math.e)
@@ -45,7 +44,7 @@ def ssd(
     dt_max: float,
     chunk_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The state space dual scan, in chunks of ``chunk_size`` tokens (None: 64). Differentiable.
+    """The scan, in chunks of ``chunk_size`` tokens (None: 64). Differentiable.
 
     Args:
         x: (B, T, H, P), any strides, like B, C and z.
@@ -58,9 +57,8 @@ def ssd(
         initial_states: (B, H, P, N) or None for zeros.
 
     Returns:
-        y (B, T, H, P), contiguous, in x.dtype, and the final states (B, H, P, N) in float32 (float64 for float64 inputs).
-        Arithmetic is in the dtype of the states, except that with bfloat16 inputs the operands of the matrix products
-        are bfloat16 where the machine has instructions for it; decays and states stay float32.
+        y (B, T, H, P), contiguous, in x.dtype, and the final states (B, H, P, N) in float32, which is also the dtype of
+        the arithmetic (float64 for float64 inputs).
     """
     dtype = compute_dtype_of(x)
     recording = needs_grad(x, dt, A, B, C, D, z, dt_bias, initial_states)
@@ -84,23 +82,13 @@ def ssd(
         for row in range(batch):
             state = final_states[row]
             for start, count, size in _tiles(length, chunk_size):
-                now = slice(start, start + count * size)
-
-                def tile(tensor: torch.Tensor) -> torch.Tensor:  # (B, T, H or G, ...) to [K, G, Q, R or 1, ...]
-                    tensor = tensor[row, now].unflatten(0, (count, size))
-                    return tensor.unflatten(2, (groups, -1)).transpose(1, 2)
-
+                x_, dt_, b, c, z_, y_ = (
+                    None if tensor is None else _by_chunk(tensor[row], start, count, size, groups)
+                    for tensor in (x, dt, B, C, z, y)
+                )
+                decays = _decays(dt_, A, dt_bias, dt_softplus, dt_min, dt_max)
                 out, state = _tile(
-                    tile(x),
-                    tile(B)[:, :, :, 0],
-                    tile(C)[:, :, :, 0],
-                    D,
-                    None if z is None else tile(z),
-                    _decays(tile(dt), A, dt_bias, dt_softplus, dt_min, dt_max),
-                    state,
-                    causal[:size, :size],
-                    scratch,
-                    None if y is None else tile(y),
+                    x_, b.squeeze(3), c.squeeze(3), D, z_, decays, state, causal[:size, :size], scratch, y_
                 )
                 outputs.append(out)
             states.append(state)
@@ -118,6 +106,12 @@ def _tiles(length: int, chunk_size: int) -> list[tuple[int, int, int]]:
     if length % chunk_size:
         tiles.append((chunks * chunk_size, 1, length % chunk_size))
     return tiles
+
+
+def _by_chunk(tensor: torch.Tensor, start: int, count: int, size: int, groups: int) -> torch.Tensor:
+    """A view of ``count`` chunks of one sequence's (T, H or G, ...), as [K, G, Q, R or 1, ...]."""
+    tile = tensor[start : start + count * size].unflatten(0, (count, size))
+    return tile.unflatten(2, (groups, -1)).transpose(1, 2)
 
 
 class _Decays(NamedTuple):
@@ -184,20 +178,19 @@ def _tile(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The chunks of one tile: x and z [K, G, Q, R, P], B and C [K, G, Q, N], state [H, P, N] before it.
 
-    Returns ``out`` filled, or y [K, G, Q, R, P] if it is None, and the state after the tile: while autograd doesn't record,
-    ``state`` itself, updated in place.
+    Returns ``out`` filled, or y [K, Q, G, R, P] if it is None, and the state after the tile, which is ``state`` itself,
+    updated in place, unless autograd records.
     """
     dtype = scratch.dtype
     chunks, groups, size, per_group, head_dim = wide = tuple(x.shape)
     square = (chunks, groups, per_group, size, size)
     by_head = (chunks, groups, per_group, size, head_dim)
     x = cast(x, dtype, scratch("x", wide))
-    b = B.to(dtype)
-    c = C.to(dtype)
+    b, c = B.to(dtype), C.to(dtype)
 
+    # C.B, summed in short runs: where decay is strong, y is little else, and one long sum errs twice as much.
+    scores = sum(c_run @ b_run.mT for c_run, b_run in zip(c.split(_RUN, -1), b.split(_RUN, -1), strict=True))
     # Weights within the chunks; masked before exp2, which could overflow above the diagonal.
-    # C.B in short sums, as precise as a pairwise one: where decay is strong, nothing averages its error away.
-    scores = sum(c_part @ b_part.mT for c_part, b_part in zip(c.split(_SUM, -1), b.split(_SUM, -1), strict=True))
     weights = torch.sub(decays.cum[..., :, None], decays.cum[..., None, :], out=scratch("first", square))
     weights = torch.add(weights, causal, out=scratch("first", square))
     weights = torch.exp2(weights, out=scratch("first", square))
