@@ -65,8 +65,9 @@ def ssd_config(
     limits = _limits(device)
     block_p = min(_power_of_2(head_dim), 64)
     block_n = _power_of_2(state)
-    # In float32 a product is six of bfloat16 pieces, whose operands are held in registers: more than 32 rows spill.
-    chunk = min(chunk_size or 64, 32 if full else 256)
+    # In float32 a product is six of bfloat16 pieces, whose operands are held in registers: 16 rows spill
+    # least, and were fastest (H200).
+    chunk = min(chunk_size or 64, 16 if full else 256)
     while chunk > 16 and (chunk * (block_p + 2 * block_n) + block_p * block_n) * dtype.itemsize > limits.shared_bytes:
         chunk //= 2
     walks = batch * heads * -(-head_dim // block_p)  # independent ones, each over the whole sequence

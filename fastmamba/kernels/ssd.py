@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastmamba.configs import ssd_config
 from fastmamba.kernels._dot import dot
+from fastmamba.kernels._exp2 import exp2
 from fastmamba.kernels._launch import on_device, unit_stride
 from fastmamba.kernels._softplus import softplus
 
@@ -56,9 +57,13 @@ def _discretize(
         t = (first + row)[:, None] * Q + col[None, :]  # [R, Q]
         inside = t < tokens
         dt = tl.load(dt_ptr + t.to(tl.int64) * stride_dt_t, mask=inside, other=0.0).to(tl.float32)
-        dt += bias
-        if SOFTPLUS:
-            dt = softplus(dt)
+        if SOFTPLUS and COMPENSATED:
+            dt = dt.to(tl.float64) + bias
+            dt = (tl.maximum(dt, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(dt)))).to(tl.float32)
+        elif SOFTPLUS:
+            dt = softplus(dt + bias)
+        else:
+            dt += bias
         if CLAMP:
             dt = tl.minimum(tl.maximum(dt, dt_min), dt_max)
         dt = tl.where(inside, dt, 0.0)  # past the end: no decay, no input
@@ -81,10 +86,11 @@ def _rows(ptr, stride, row, has_row, col, has_col):
 
 
 @triton.jit
-def _absorb(state, x, Bc, cum, low, step, last, PRECISION: tl.constexpr):
+def _absorb(state, x, Bc, cum, low, step, last, last_low, PRECISION: tl.constexpr, ACCURATE: tl.constexpr):
     """The state after a chunk, [P, N], from the state before it and the chunk's x [Q, P] and B [Q, N]."""
-    xw = (x.to(tl.float32) * (step * tl.exp2((last - cum) - low))[:, None]).to(x.dtype)
-    return state * tl.exp2(last) + dot(tl.trans(xw), Bc, PRECISION)
+    weight = step * exp2(last - cum, last_low - low, ACCURATE)
+    xw = (x.to(tl.float32) * weight[:, None]).to(x.dtype)
+    return state * exp2(last, last_low, ACCURATE) + dot(tl.trans(xw), Bc, PRECISION)
 
 
 @triton.jit
@@ -224,11 +230,13 @@ def _ssd_kernel(
                 step = tl.load(step_ptr + at + q)
                 last = tl.load(cum_ptr + at + Q - 1)
                 low = 0.0
+                last_low = 0.0
                 if COMPENSATED:
-                    low = tl.load(low_ptr + at + q) - tl.load(low_ptr + at + Q - 1)
+                    low = tl.load(low_ptr + at + q)
+                    last_low = tl.load(low_ptr + at + Q - 1)
                 x = _rows(x_seg + at * stride_x_t, stride_x_t, q, inside, p, has_p)  # [Q, P]
                 Bc = _rows(B_seg + at * stride_B_t, stride_B_t, q, inside, n, has_n)  # [Q, N]
-                own = _absorb(own, x, Bc, cum, low, step, last, PRECISION)
+                own = _absorb(own, x, Bc, cum, low, step, last, last_low, PRECISION, COMPENSATED)
                 decay += last
         if seg > 0:
             arrived = tl.atomic_add(flag - 1, 0, sem="acquire")
@@ -240,7 +248,9 @@ def _ssd_kernel(
         elif init_ptr is not None:
             state = tl.load(init_ptr + state_at, mask=has_state, other=0.0).to(tl.float32)
         if seg + 1 < segments:
-            tl.store(handed, (own + state * tl.exp2(decay)).to(handed_ptr.dtype.element_ty), mask=has_state)
+            tl.store(
+                handed, (own + state * exp2(decay, 0.0, COMPENSATED)).to(handed_ptr.dtype.element_ty), mask=has_state
+            )
             tl.debug_barrier()  # every thread's part is written before the flag rises
             tl.atomic_xchg(flag, 1, sem="release")
     elif init_ptr is not None:
@@ -258,24 +268,27 @@ def _ssd_kernel(
         step = tl.load(step_ptr + at + q)
         last = tl.load(cum_ptr + at + Q - 1)
         low = 0.0
-        since = cum[:, None] - cum[None, :]  # log2 of the decay from s to t, [Q, Q]
+        last_low = 0.0
+        low_since = 0.0
         if COMPENSATED:
             low = tl.load(low_ptr + at + q)
-            since += low[:, None] - low[None, :]
-            low -= tl.load(low_ptr + at + Q - 1)
+            last_low = tl.load(low_ptr + at + Q - 1)
+            low_since = low[:, None] - low[None, :]
         inside = q < tokens - c * Q
         x = _rows(x_seg + at * stride_x_t, stride_x_t, q, inside, p, has_p)  # [Q, P]
         Bc = _rows(B_seg + at * stride_B_t, stride_B_t, q, inside, n, has_n)  # [Q, N]
         Cc = _rows(C_seg + at * stride_C_t, stride_C_t, q, inside, n, has_n)  # [Q, N]
 
         # what came before the chunk
-        y = dot(Cc, tl.trans(state.to(dtype)), PRECISION) * tl.exp2(cum)[:, None]  # [Q, P]
+        y = dot(Cc, tl.trans(state.to(dtype)), PRECISION)  # [Q, P]
+        y *= exp2(cum, low, COMPENSATED)[:, None]
         # within the chunk
         scores = dot(Cc, tl.trans(Bc), PRECISION)  # [Q, Q]
         causal = q[:, None] >= q[None, :]
-        scores = tl.where(causal, scores * tl.exp2(since) * step[None, :], 0.0)
+        decayed = exp2(cum[:, None] - cum[None, :], low_since, COMPENSATED)  # from s to t
+        scores = tl.where(causal, scores * decayed * step[None, :], 0.0)
         y += dot(scores.to(dtype), x, PRECISION)
-        state = _absorb(state, x, Bc, cum, low, step, last, PRECISION)
+        state = _absorb(state, x, Bc, cum, low, step, last, last_low, PRECISION, COMPENSATED)
 
         if D_PER_HEAD or D_PER_CHANNEL:
             y += x.to(tl.float32) * D
