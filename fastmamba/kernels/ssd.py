@@ -279,14 +279,19 @@ def _ssd_kernel(
         Bc = _rows(B_seg + at * stride_B_t, stride_B_t, q, inside, n, has_n)  # [Q, N]
         Cc = _rows(C_seg + at * stride_C_t, stride_C_t, q, inside, n, has_n)  # [Q, N]
 
-        # what came before the chunk
-        y = dot(Cc, tl.trans(state.to(dtype)), PRECISION)  # [Q, P]
-        y *= exp2(cum, low, COMPENSATED)[:, None]
-        # within the chunk
-        scores = dot(Cc, tl.trans(Bc), PRECISION)  # [Q, Q]
-        causal = q[:, None] >= q[None, :]
-        decayed = exp2(cum[:, None] - cum[None, :], low_since, COMPENSATED)  # from s to t
-        scores = tl.where(causal, scores * decayed * step[None, :], 0.0)
+        decayed = exp2(cum[:, None] - cum[None, :], low_since, COMPENSATED) * step[None, :]  # from s to t
+        decayed = tl.where(q[:, None] >= q[None, :], decayed, 0.0)
+        since = exp2(cum, low, COMPENSATED)[:, None]
+        before = tl.trans(state.to(dtype))
+        if COMPENSATED and BN > 128:
+            # Tensor cores cut off what each partial sum gains below its last bit: shorter sums lose less of float32.
+            front = tl.where((n < BN // 2)[None, :], Cc, 0.0)
+            back = tl.where((n >= BN // 2)[None, :], Cc, 0.0)
+            scores = dot(front, tl.trans(Bc), PRECISION) * decayed + dot(back, tl.trans(Bc), PRECISION) * decayed
+            y = dot(front, before, PRECISION) * since + dot(back, before, PRECISION) * since
+        else:
+            scores = dot(Cc, tl.trans(Bc), PRECISION) * decayed  # [Q, Q]
+            y = dot(Cc, before, PRECISION) * since  # [Q, P], what came before the chunk
         y += dot(scores.to(dtype), x, PRECISION)
         state = _absorb(state, x, Bc, cum, low, step, last, last_low, PRECISION, COMPENSATED)
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from ._common import Scratch, cast, compute_dtype_of, needs_grad, silu
 
 _BLOCK = 1 << 18  # elements normed at a time, in two float32 buffers
-_RUN = 256  # squares summed one after the other
 
 
 def gated_rms_norm(
@@ -65,18 +62,15 @@ def _norm(
     """Norm the rows (R, D), into ``out`` where there is one."""
     dtype, shape = scratch.dtype, tuple(x.shape)
     y = cast(x, dtype, scratch("y", shape))
-    if gate is not None:
-        gate = silu(gate, dtype, scratch("gate", shape))
-        if not norm_before_gate:
-            y = torch.mul(y, gate, out=scratch("y", shape))
+    if gate is not None and not norm_before_gate:
+        y = torch.mul(y, silu(gate, dtype, scratch("other", shape)), out=scratch("y", shape))
     grouped = y.unflatten(1, (-1, group_size))
-    # Summed in short runs: vector_norm needs no memory for the squares, but over a wide row it loses precision.
-    runs = grouped.unflatten(2, (-1, math.gcd(group_size, _RUN)))
-    squares = torch.linalg.vector_norm(runs, dim=3).square().sum(2, keepdim=True)
-    scale = torch.rsqrt(squares / group_size + eps)
-    y = torch.mul(grouped, scale, out=scratch("y", tuple(grouped.shape))).view(shape)
+    by_group = tuple(grouped.shape)
+    squares = torch.mul(grouped, grouped, out=scratch("other", by_group))
+    scale = torch.rsqrt(squares.mean(2, keepdim=True) + eps)
+    y = torch.mul(grouped, scale, out=scratch("y", by_group)).view(shape)
     if gate is not None and norm_before_gate:
-        y = torch.mul(y, gate, out=scratch("y", shape))
+        y = torch.mul(y, silu(gate, dtype, scratch("other", shape)), out=scratch("y", shape))
     target = out if out is not None and out.dtype == dtype else scratch("y", shape)
     y = torch.mul(y, weight, out=target)
     if out is None:

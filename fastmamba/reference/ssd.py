@@ -21,7 +21,6 @@ from ._common import Scratch, cast, compute_dtype_of, needs_grad, silu
 
 _CHUNK = 64  # tokens
 _TILE = 256  # tokens worked on at a time
-_RUN = 32  # products summed one after the other
 
 # Decays are kept as powers of two: on CPU exp2 takes a third of exp's time, and no longer where it underflows.
 _LOG2_E = math.log2(math.e)
@@ -93,7 +92,7 @@ def ssd(
                 outputs.append(out)
             states.append(state)
         if y is None:
-            y = torch.cat([out.reshape(-1, heads, head_dim) for out in outputs]).view(x.shape)
+            y = torch.cat([out.reshape(-1, heads, head_dim) for out in outputs]).view(x.shape).to(x.dtype)
             final_states = torch.stack(states)
     return y, final_states
 
@@ -106,6 +105,11 @@ def _tiles(length: int, chunk_size: int) -> list[tuple[int, int, int]]:
     if length % chunk_size:
         tiles.append((chunks * chunk_size, 1, length % chunk_size))
     return tiles
+
+
+def _wide_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """float64, wherever the tensor's device has it."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
 def _by_chunk(tensor: torch.Tensor, start: int, count: int, size: int, groups: int) -> torch.Tensor:
@@ -145,7 +149,7 @@ def _decays(
     if dt_softplus:
         delta = F.softplus(delta)
     delta = delta.clamp(dt_min, dt_max)
-    wide = torch.float32 if dt.device.type == "mps" else torch.float64
+    wide = _wide_dtype(dt)
     steps = (delta.to(wide) * A.to(wide)[:, None] * _LOG2_E).clamp(min=_LOG2_OF_ZERO[dtype])
     cum = steps.cumsum(2)
     rounded = cum.to(dtype)
@@ -178,8 +182,8 @@ def _tile(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The chunks of one tile: x and z [K, G, Q, R, P], B and C [K, G, Q, N], state [H, P, N] before it.
 
-    Returns ``out`` filled, or y [K, Q, G, R, P] if it is None, and the state after the tile, which is ``state`` itself,
-    updated in place, unless autograd records.
+    Returns ``out`` filled, or y [K, Q, G, R, P] uncast if it is None, and the state after the tile, which is ``state``
+    itself, updated in place, unless autograd records.
     """
     dtype = scratch.dtype
     chunks, groups, size, per_group, head_dim = wide = tuple(x.shape)
@@ -188,15 +192,16 @@ def _tile(
     x = cast(x, dtype, scratch("x", wide))
     b, c = B.to(dtype), C.to(dtype)
 
-    # C.B, summed in short runs: where decay is strong, y is little else, and one long sum errs twice as much.
-    scores = sum(c_run @ b_run.mT for c_run, b_run in zip(c.split(_RUN, -1), b.split(_RUN, -1), strict=True))
+    # Where decay is strong, y is little else than C.B x: in float32 one long sum errs twice as much as the recurrence.
+    wider = _wide_dtype(x)
+    scores = (C.to(wider) @ B.to(wider).mT).to(dtype)
     # Weights within the chunks; masked before exp2, which could overflow above the diagonal.
     weights = torch.sub(decays.cum[..., :, None], decays.cum[..., None, :], out=scratch("first", square))
     weights = torch.add(weights, causal, out=scratch("first", square))
     weights = torch.exp2(weights, out=scratch("first", square))
-    weights = torch.mul(weights, scores[:, :, None], out=scratch("first", square)).view(-1, size, size)
+    weights = torch.mul(weights, scores[:, :, None], out=scratch("first", square)).reshape(-1, size, size)
     added = torch.mul(x.transpose(2, 3), decays.gain.transpose(2, 3), out=scratch("second", by_head))
-    added = added.view(-1, size, head_dim)
+    added = added.reshape(-1, size, head_dim)
     y = torch.bmm(weights, added, out=scratch("third", tuple(added.shape))).view(by_head).transpose(2, 3)
 
     # What the state brings into each chunk, [K, G, Q, R*P], and what the chunk leaves in the state.
@@ -221,5 +226,5 @@ def _tile(
     if z is not None:
         y = torch.mul(y, silu(z, dtype, scratch("second", wide)), out=target)
     if out is None:
-        return y.to(x.dtype).transpose(1, 2), state
+        return y.transpose(1, 2), state
     return out if y is out else out.copy_(y), state

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 
 from ._common import compute_dtype_of
 
+_BLOCK = 1 << 20  # elements of the state read out at a time, through as much memory
+
 
 def ssd_step(
     state: torch.Tensor,
@@ -44,16 +46,20 @@ def ssd_step(
     x_ = x.to(dtype)
     added = (delta[..., None] * x_).view(batch, groups, -1, 1)  # [B, G, H/G*P, 1]
 
-    # The state as [B, G, H/G*P, N], in memory of its own unless it can be updated where it is.
+    # Memory of its own unless the state can be updated where it is.
     in_place = state.dtype == dtype and state.is_contiguous()
-    held = (state if in_place else state.to(dtype, copy=True)).view(batch, heads, head_dim, state_dim)
+    held = state if in_place else state.to(dtype, memory_format=torch.contiguous_format, copy=True)
     held.mul_(torch.exp(delta * A.to(dtype))[..., None, None])
-    held = held.view(batch, groups, -1, state_dim)
-    held.addcmul_(added, B.to(dtype)[:, :, None])
+    by_group = held.view(batch, groups, -1, state_dim)  # [B, G, H/G*P, N]
+    by_group.addcmul_(added, B.to(dtype)[:, :, None])
     if not in_place:
-        state.copy_(held.view(state.shape))
+        state.copy_(held)
 
-    y = (held @ C.to(dtype)[..., None]).view(batch, heads, head_dim)
+    # Products first, then their sum, which is pairwise: one long sum, as in a matrix product, errs twice as much.
+    c = C.to(dtype)[:, :, None]
+    step = max(1, _BLOCK // max(1, by_group[0].numel()))
+    sums = [(by_group[row : row + step] * c[row : row + step]).sum(-1) for row in range(0, batch, step)]
+    y = torch.cat(sums).view(batch, heads, head_dim)
     if D is not None:
         y = y + (D.to(dtype) if D.dim() == 2 else D.to(dtype)[:, None]) * x_
     if z is not None:

@@ -44,12 +44,12 @@ def test_shapes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("options", list(product([False, True], repeat=5)))
 def test_options(options: tuple[bool, ...]) -> None:
     skip, per_channel_d, gate, bias, softplus = options
-    check(
-        ssd_case(
-            2, 3, 4, 8, 2, 16, initial=True,
-            skip=skip, per_channel_d=per_channel_d, gate=gate, bias=bias, dt_softplus=softplus,
-        )
-    )  # fmt: skip
+    options = {"skip": skip, "per_channel_d": per_channel_d, "gate": gate, "bias": bias, "dt_softplus": softplus}
+    case = ssd_case(2, 3, 4, 8, 2, 16, initial=True, **options)
+    if not softplus:
+        case.dt = case.dt.abs()
+        case.dt_bias = None if case.dt_bias is None else case.dt_bias.abs()
+    check(case)
 
 
 def test_dt_is_not_clamped() -> None:
