@@ -32,8 +32,8 @@ class SsdCase:
     chunk_size: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
-    def arguments(self) -> tuple[Tensor | None, ...]:
-        """The positional arguments."""
+    def arguments(self) -> tuple[Any, ...]:
+        """The positional arguments: tensors, or None where nothing is given."""
         return (self.x, self.dt, self.A, self.B, self.C, self.D, self.z, self.dt_bias, self.initial_states)
 
     def keywords(self) -> dict[str, Any]:
@@ -46,19 +46,19 @@ class SsdCase:
             **self.options,
         }
 
-    def to(self, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    def to(self, dtype: torch.dtype) -> tuple[Any, ...]:
         """The positional arguments, all in `dtype`."""
         return tuple(None if t is None else t.to(dtype) for t in self.arguments())
 
     def oracle(self, chunk_size: int = 64) -> tuple[Tensor, Tensor]:
         """y and the final states in float64, by the chunked PyTorch implementation."""
-        return reference_ssd(*self.to(torch.float64), self.dt_softplus, *self.dt_limit, chunk_size)
+        rest: tuple[Any, ...] = (self.dt_softplus, *self.dt_limit, chunk_size)
+        return reference_ssd(*self.to(torch.float64), *rest)
 
     def plain(self) -> tuple[Tensor, Tensor]:
-        """y and the final states by the token-by-token recurrence, with every tensor in the dtype of x."""
-        return ssd_recurrence(
-            *self.arguments(), self.dt_softplus, *self.dt_limit, compute_dtype=self.x.dtype
-        )  # what the dtype itself costs
+        """The same by the token-by-token recurrence, every tensor in the dtype of x: what the dtype itself costs."""
+        rest: tuple[Any, ...] = (self.dt_softplus, *self.dt_limit, self.x.dtype)
+        return ssd_recurrence(*self.arguments(), *rest)
 
     def __str__(self) -> str:
         b, t, h, p = self.x.shape

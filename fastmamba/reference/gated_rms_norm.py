@@ -36,11 +36,12 @@ def gated_rms_norm(
     recording = needs_grad(x, weight, gate)
     scratch = Scratch(dtype, x.device, recording)
     weight = weight.to(dtype)
-    y = None if recording else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    # Views, also of slices of one projection.
-    rows, gates, results = (None if tensor is None else tensor.reshape(-1, width) for tensor in (x, gate, y))
-    if results is None:
+    rows = x.reshape(-1, width)  # a view, also of a slice of one projection
+    gates = None if gate is None else gate.reshape(-1, width)
+    if recording:
         return _norm(rows, weight, gates, eps, group_size, norm_before_gate, scratch, None).view(x.shape)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    results = y.view(-1, width)
     step = max(1, _BLOCK // width)
     for start in range(0, rows.shape[0], step):
         block = slice(start, start + step)

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from ._common import Scratch, cast, compute_dtype_of, needs_grad, silu
 
 _CHUNK = 64  # tokens
-_TILE = 256  # tokens worked on at a time
+_TILE = 1 << 20  # elements of x worked on at a time, 192 to 640 tokens of the usual models
+_PIECES = 8  # that a lone group is cut into, at most
 
 # Decays are kept as powers of two: on CPU exp2 takes a third of exp's time, and no longer where it underflows.
 _LOG2_E = math.log2(math.e)
@@ -65,10 +66,15 @@ def ssd(
     batch, length, heads, head_dim = x.shape
     groups, state_dim = B.shape[2:]
     chunk_size = min(chunk_size or _CHUNK, length)
+    # A lone group counts as several with the same B and C: each core then keeps to its own heads' states.
+    if groups == 1:
+        groups = next(pieces for pieces in range(min(heads, _PIECES), 0, -1) if heads % pieces == 0)
     # [G, R], and D [G, 1, R, P or 1]
-    A, dt_bias, D = (None if p is None else p.to(dtype).unflatten(0, (groups, -1)) for p in (A, dt_bias, D))
+    A = A.to(dtype).unflatten(0, (groups, -1))
+    if dt_bias is not None:
+        dt_bias = dt_bias.to(dtype).unflatten(0, (groups, -1))
     if D is not None:
-        D = D.view(groups, 1, heads // groups, -1)
+        D = D.to(dtype).reshape(groups, 1, heads // groups, -1)
 
     y = None if recording else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     outputs, states = [], []
@@ -80,11 +86,12 @@ def ssd(
             final_states = initial_states.to(dtype, memory_format=torch.contiguous_format, copy=True)
         for row in range(batch):
             state = final_states[row]
-            for start, count, size in _tiles(length, chunk_size):
-                x_, dt_, b, c, z_, y_ = (
-                    None if tensor is None else _by_chunk(tensor[row], start, count, size, groups)
-                    for tensor in (x, dt, B, C, z, y)
+            for start, count, size in _tiles(length, chunk_size, heads * max(head_dim, chunk_size)):
+                x_, dt_ = (_by_chunk(tensor[row], start, count, size, groups) for tensor in (x, dt))
+                z_, y_ = (
+                    None if tensor is None else _by_chunk(tensor[row], start, count, size, groups) for tensor in (z, y)
                 )
+                b, c = (_by_chunk(tensor[row], start, count, size, tensor.shape[2]) for tensor in (B, C))
                 decays = _decays(dt_, A, dt_bias, dt_softplus, dt_min, dt_max)
                 out, state = _tile(
                     x_, b.squeeze(3), c.squeeze(3), D, z_, decays, state, causal[:size, :size], scratch, y_
@@ -97,10 +104,13 @@ def ssd(
     return y, final_states
 
 
-def _tiles(length: int, chunk_size: int) -> list[tuple[int, int, int]]:
-    """Cut a sequence into (start, chunks, chunk size): tiles of whole chunks, then the tail as one short chunk."""
+def _tiles(length: int, chunk_size: int, width: int) -> list[tuple[int, int, int]]:
+    """Cut a sequence into (start, chunks, chunk size): tiles of whole chunks, then the tail as one short chunk.
+
+    ``width`` is the elements that a token takes in the largest intermediate.
+    """
     chunks = length // chunk_size
-    per_tile = max(1, _TILE // chunk_size)
+    per_tile = max(1, _TILE // (chunk_size * width))
     tiles = [(first * chunk_size, min(per_tile, chunks - first), chunk_size) for first in range(0, chunks, per_tile)]
     if length % chunk_size:
         tiles.append((chunks * chunk_size, 1, length % chunk_size))
@@ -180,7 +190,7 @@ def _tile(
     scratch: Scratch,
     out: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The chunks of one tile: x and z [K, G, Q, R, P], B and C [K, G, Q, N], state [H, P, N] before it.
+    """The chunks of one tile: x and z [K, G, Q, R, P], B and C [K, G or 1, Q, N], state [H, P, N] before it.
 
     Returns ``out`` filled, or y [K, Q, G, R, P] uncast if it is None, and the state after the tile, which is ``state``
     itself, updated in place, unless autograd records.
@@ -190,7 +200,7 @@ def _tile(
     square = (chunks, groups, per_group, size, size)
     by_head = (chunks, groups, per_group, size, head_dim)
     x = cast(x, dtype, scratch("x", wide))
-    b, c = B.to(dtype), C.to(dtype)
+    b, c = (tensor.to(dtype).expand(-1, groups, -1, -1) for tensor in (B, C))
 
     # Where decay is strong, y is little else than C.B x: in float32 one long sum errs twice as much as the recurrence.
     wider = _wide_dtype(x)
