@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from itertools import product
 
 import pytest
@@ -74,6 +75,23 @@ def test_random(seed: int) -> None:
 @pytest.mark.parametrize("chunk_size", [1, 7, 16, 48, 128, 1000])
 def test_chunk_sizes(chunk_size: int, per_channel_d: bool) -> None:
     check(ssd_case(1, 100, 2, 16, 1, 24, per_channel_d=per_channel_d, chunk_size=chunk_size))
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 3])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_tiles(chunks: int, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long sequences are worked on a few chunks at a time, in memory that each tile finds as the last one left it."""
+    case = ssd_case(2, 170, 6, 16, groups, 24, gate=True, initial=True, chunk_size=16)
+    monkeypatch.setattr(sys.modules["fastmamba.reference.ssd"], "_TILE", chunks * 16 * 6 * 16)
+    check(case)
+    case.x = case.x.clone().requires_grad_()
+    for result, truth in zip(chunked(case, torch.float64), exact(case), strict=True):
+        assert relative_error(result.detach(), truth.detach()) <= ORACLE
+
+
+@pytest.mark.parametrize("heads", [1, 5, 9, 14])
+def test_a_lone_group_of_any_number_of_heads(heads: int) -> None:
+    check(ssd_case(1, 70, heads, 8, 1, 16))
 
 
 @pytest.mark.parametrize("limit", [(0.0, 0.02), (0.5, math.inf), (0.3, 0.3), (-math.inf, math.inf)])
