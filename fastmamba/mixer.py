@@ -166,6 +166,7 @@ def mixer_forward(
             y, final = scanned
             state.write_ssm(final)
 
+    del conv_out, x, B, C  # what the rest does not need is memory that it can have
     y = y.view(batch, tokens, inner)
     if plan.gated:
         norm = mixer.norm
@@ -181,6 +182,7 @@ def mixer_forward(
             )
         else:
             y = norm(y, z)
+    del projected, z, conv_in, dt, scan_z
     return mixer.out_proj(y.to(dtype))
 
 

@@ -6,7 +6,7 @@ import torch
 
 from ._common import Scratch, cast, compute_dtype_of, needs_grad, silu
 
-_BLOCK = 1 << 18  # elements normed at a time, in two float32 buffers
+_BLOCK = 1 << 19  # elements normed at a time, in two float32 buffers
 
 
 def gated_rms_norm(
