@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmamba.ops import causal_conv1d, causal_conv1d_update, gated_rms_norm, ssd, ssd_step
+from fastmamba.ops import causal_conv1d, causal_conv1d_update, gated_rms_norm, resolve_backend, ssd, ssd_step
 
 
 class MixerView(Protocol):
@@ -32,8 +31,8 @@ class MixerView(Protocol):
     D: Tensor  # (H,)
     dt_bias: Tensor  # (H,)
     # Modules. The projections are called, never read: adapters, quantised weights and offloading live in the call.
-    in_proj: Callable[[Tensor], Tensor]
-    out_proj: Callable[[Tensor], Tensor]
+    in_proj: Any
+    out_proj: Any
     conv1d: Any
     norm: Any
 
@@ -72,6 +71,26 @@ class MixerState(Protocol):
         """Replace the state by (B, H, P, N)."""
 
 
+_TILE = 1024
+"""Tokens that the PyTorch backend takes through the mixer at a time, so that activations stay small."""
+
+
+class _Carried:
+    """What one tile hands to the next."""
+
+    record_past = False
+
+    def __init__(self, state: MixerState | None) -> None:
+        self.conv: Any = None if state is None else state.conv
+        self.ssm: Any = None if state is None else state.ssm
+
+    def write_conv(self, inputs: Tensor) -> None:
+        self.conv = inputs.clone()  # a view would keep the tile's projection
+
+    def write_ssm(self, states: Tensor) -> None:
+        self.ssm = states
+
+
 def norm_is_plain(mixer: MixerView, plan: MixerPlan) -> bool:
     """Whether the norm can be fused: of the class the plan knows, with no forward hook of the user's to miss."""
     norm: Any = mixer.norm
@@ -94,6 +113,44 @@ def mixer_forward(
     Returns:
         (B, T, hidden size), what out_proj makes of it.
     """
+    tiles = _tiles(mixer, plan, hidden_states, state)
+    if not tiles:
+        return _forward(mixer, plan, hidden_states, state, mask)
+    carried = _Carried(state)
+    output: Any = None
+    for tile in tiles:
+        part = _forward(mixer, plan, hidden_states[:, tile], carried, None if mask is None else mask[:, tile])
+        if output is None:
+            output = part.new_empty((*hidden_states.shape[:2], part.shape[2]))
+        output[:, tile] = part
+    if state is not None:
+        state.write_conv(carried.conv)
+        state.write_ssm(carried.ssm)
+    return output
+
+
+def _tiles(mixer: MixerView, plan: MixerPlan, hidden_states: Tensor, state: MixerState | None) -> list[slice]:
+    """How to cut a long call on the PyTorch backend; nothing where it is to run in one piece.
+
+    No tile is shorter than _TILE: a single token would be taken for a one-token step.
+    """
+    tokens = hidden_states.shape[1]
+    if tokens < 2 * _TILE or torch.compiler.is_compiling() or (state is not None and state.record_past):
+        return []
+    if resolve_backend(plan.backend, hidden_states.device) != "torch":
+        return []
+    for projection in (mixer.in_proj, mixer.out_proj):
+        # Hooks of the user's expect one call; accelerate's would bring offloaded weights in for every tile.
+        if projection._forward_hooks or projection._forward_pre_hooks or "_hf_hook" in projection.__dict__:
+            return []
+    starts = range(0, tokens - _TILE + 1, _TILE)
+    return [slice(start, tokens if start == starts[-1] else start + _TILE) for start in starts]
+
+
+def _forward(
+    mixer: MixerView, plan: MixerPlan, hidden_states: Tensor, state: MixerState | None, mask: Tensor | None
+) -> Tensor:
+    """`mixer_forward` in one piece."""
     backend = plan.backend
     dtype = hidden_states.dtype
     if mask is not None:

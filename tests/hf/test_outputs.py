@@ -54,6 +54,24 @@ def test_prefill(model, scope, length):
     assert_no_fallback(fast)
 
 
+@pytest.mark.parametrize("length", [32, 50])
+def test_tiles(model, length, monkeypatch):
+    """The PyTorch backend takes long calls in tiles: a prefill, a padded chunk that continues it, a step."""
+    monkeypatch.setattr("fastmamba.mixer._TILE", 16)
+    ids, mask = tokens(2, length + 35), padding([length + 35, 21], length + 35, "left")
+    fast = patch_all(model)
+    caches = [None, None, None]
+    for low, high in [(0, length), (length, length + 34), (length + 34, length + 35)]:
+        exact, caches[0] = run_exact(model, ids[:, low:high], caches[0], attention_mask=mask[:, :high])
+        original, caches[1] = run(model, ids[:, low:high], caches[1], attention_mask=mask[:, :high])
+        actual, caches[2] = run(fast, ids[:, low:high], caches[2], attention_mask=mask[:, :high])
+        real = mask[:, low:high].bool()
+        assert_golden(actual[real], original[real], exact[real])
+    whole, _ = run(fast, ids[:, :length], use_cache=False)
+    assert_golden(whole, run(model, ids[:, :length])[0], run_exact(model, ids[:, :length])[0])
+    assert_no_fallback(fast)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_batch(model, side):
     ids, mask = tokens(3, 40), padding([40, 23, 2], 40, side)
