@@ -210,13 +210,14 @@ def _tile(
     weights = torch.add(weights, causal, out=scratch("first", square))
     weights = torch.exp2(weights, out=scratch("first", square))
     weights = torch.mul(weights, scores[:, :, None], out=scratch("first", square)).reshape(-1, size, size)
-    added = torch.mul(x.transpose(2, 3), decays.gain.transpose(2, 3), out=scratch("second", by_head))
-    added = added.reshape(-1, size, head_dim)
+    spare = scratch("second", wide) if out is None or out.dtype != dtype else out.transpose(1, 2)
+    added = None if spare is None else spare.view(by_head)
+    added = torch.mul(x.transpose(2, 3), decays.gain.transpose(2, 3), out=added).reshape(-1, size, head_dim)
     y = torch.bmm(weights, added, out=scratch("third", tuple(added.shape))).view(by_head).transpose(2, 3)
 
     # What the state brings into each chunk, [K, G, Q, R*P], and what the chunk leaves in the state.
-    left = torch.mul(x, decays.to_state, out=scratch("first", wide)).flatten(3)
-    carried = scratch("second", tuple(left.shape))
+    left = torch.mul(x, decays.to_state, out=None if spare is None else spare.view(wide)).flatten(3)
+    carried = scratch("first", tuple(left.shape))
     brought = []
     for index in range(chunks):
         before = state.view(groups, -1, state.shape[2]).mT
@@ -227,14 +228,14 @@ def _tile(
         state = by_group.view(state.shape)
     carried = (torch.stack(brought) if carried is None else carried).view(wide)
 
-    target = out if out is not None and out.dtype == dtype else scratch("first", wide)
+    target = out if out is not None and out.dtype == dtype else scratch("second", wide)
     y = torch.addcmul(y, carried, decays.from_state, out=target)
     if decays.fix is not None:
         y = torch.mul(y, decays.fix, out=target)
     if D is not None:
         y = torch.addcmul(y, x, D, out=target)
     if z is not None:
-        y = torch.mul(y, silu(z, dtype, scratch("second", wide)), out=target)
+        y = torch.mul(y, silu(z, dtype, scratch("gate", wide)), out=target)
     if out is None:
         return y.transpose(1, 2), state
     return out if y is out else out.copy_(y), state
