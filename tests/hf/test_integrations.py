@@ -184,3 +184,29 @@ def test_trained_norm(mamba2):
         actual = model(input_ids=tokens(2, 9)).logits
     assert_golden(actual, original, exact)
     assert all(layer.original_calls == {} for layer in fastmamba.report(model).layers)
+
+
+class Int8Linear(nn.Module):
+    """A linear with int8 weights, one scale a row: there is no float weight for anybody to read."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("scale", scale)
+        self.register_buffer("quantised", (linear.weight.detach() / scale).round().to(torch.int8))
+        self.bias = linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.quantised.to(x.dtype) * self.scale.to(x.dtype), self.bias)
+
+
+def test_quantised_projections(main_model):
+    for mixer in mixers(main_model):
+        mixer.in_proj, mixer.out_proj = Int8Linear(mixer.in_proj), Int8Linear(mixer.out_proj)
+    ids = tokens(2, 20)
+    exact, _ = run_exact(main_model, ids)
+    original, _ = run(main_model, ids)
+    fast = copy.deepcopy(main_model)
+    assert fastmamba.patch(fast).patched == len(mixers(fast))
+    assert_golden(run(fast, ids)[0], original, exact)
+    assert all(layer.original_calls == {} for layer in fastmamba.report(fast).layers)
