@@ -1,17 +1,24 @@
-"""Launch configurations of the Triton kernels: frozen, chosen by a heuristic of shape and device."""
+"""Launch configurations of the kernels: frozen, measured ones where a device has a table, else by a heuristic."""
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
+from fastmamba import tuned
+
 
 @dataclass(frozen=True)
 class SsdConfig:
-    """How the fused SSD kernel is launched."""
+    """How the SSD is launched."""
 
+    variant: str
+    """Which kernel: "portable" is the one in Triton."""
     chunk: int
     """Q, tokens per chunk."""
     chunks_per_segment: int
@@ -49,7 +56,28 @@ def _power_of_2(value: int, least: int = 16) -> int:
     return max(least, 1 << (value - 1).bit_length())
 
 
-@functools.lru_cache(maxsize=512)
+# None, a configuration, or the name of the variant that everything is to be served by.
+_forced: contextvars.ContextVar[SsdConfig | str | None] = contextvars.ContextVar("fastmamba_ssd_config", default=None)
+
+
+@contextlib.contextmanager
+def override(forced: SsdConfig | str) -> Iterator[None]:
+    """Serve every SSD call of this thread (or task) by one configuration, or by the best one of a variant.
+
+    For tuning and measuring: a configuration is taken as it is, whether it suits the shape or not.
+    """
+    token = _forced.set(forced)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def ssd_variants(device: torch.device) -> tuple[str, ...]:
+    """The variants of the SSD that can run on a device."""
+    return ("portable",)
+
+
 def ssd_config(
     device: torch.device,
     dtype: torch.dtype,
@@ -60,7 +88,55 @@ def ssd_config(
     state: int,
     chunk_size: int | None,
 ) -> SsdConfig:
-    """Choose the launch configuration of the fused SSD kernel for a shape; `chunk_size` bounds its chunk."""
+    """How to launch the SSD on a shape: by the device's table, else by a heuristic; `chunk_size` bounds the chunk.
+
+    Two look-ups in all: one of `override`, one of what was chosen before. A launcher that keeps launches of its own has
+    to keep them by the configuration.
+
+    Raises:
+        ValueError: where `override` names a variant that the device does not have.
+    """
+    forced = _forced.get()
+    if isinstance(forced, SsdConfig):
+        return forced
+    return _choose(device, dtype, batch, tokens, heads, head_dim, state, chunk_size, forced)
+
+
+@functools.lru_cache(maxsize=512)
+def _choose(
+    device: torch.device,
+    dtype: torch.dtype,
+    batch: int,
+    tokens: int,
+    heads: int,
+    head_dim: int,
+    state: int,
+    chunk_size: int | None,
+    variant: str | None,
+) -> SsdConfig:
+    variants = ssd_variants(device)
+    if variant is not None and variant not in variants:
+        raise ValueError(f"variant {variant!r} of the SSD cannot run on {device}, which has {', '.join(variants)}")
+    if chunk_size is None and device.type == "cuda":  # a table knows the best chunk, not the best one under a bound
+        entries = tuned.entries(torch.cuda.get_device_name(device), "ssd", SsdConfig)
+        shape = tuned.Shape(str(dtype).removeprefix("torch."), batch, tokens, heads, head_dim, state)
+        allowed = variants if variant is None else (variant,)
+        found = tuned.nearest(entries, shape, lambda config: config.variant in allowed)
+        if found is not None:
+            return found.config
+    return _heuristic(device, dtype, batch, tokens, heads, head_dim, state, chunk_size)
+
+
+def _heuristic(
+    device: torch.device,
+    dtype: torch.dtype,
+    batch: int,
+    tokens: int,
+    heads: int,
+    head_dim: int,
+    state: int,
+    chunk_size: int | None,
+) -> SsdConfig:
     full = dtype == torch.float32
     limits = _limits(device)
     block_p = min(_power_of_2(head_dim), 64)
@@ -78,6 +154,7 @@ def ssd_config(
         # 16 chunks were best at 16K tokens and 64 at 128K (H200).
         per_segment = min(chunks, max(16, -(-chunks * walks // (16 * limits.multiprocessors))))
     return SsdConfig(
+        variant="portable",
         chunk=chunk,
         chunks_per_segment=per_segment,
         block_p=block_p,

@@ -32,7 +32,8 @@ MAY_IMPORT = {
     "ops": {"ops", "kernels", "reference", "configs"},
     "kernels": {"kernels", "configs"},
     "reference": {"reference"},
-    "configs": {"configs"},
+    "configs": {"tuned"},
+    "tuned": set(),
 }
 
 
