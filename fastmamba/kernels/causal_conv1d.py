@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmamba.kernels._launch import on_device
+from fastmamba.kernels._launch import Launcher
 
 _TOKENS = 32
 _CHANNELS = 128
@@ -71,6 +71,9 @@ def _conv_kernel(
     tl.store(y_block + row[:, None] * channels + c[None, :], acc.to(y_ptr.dtype.element_ty), mask=inside)
 
 
+_launch_conv = Launcher(_conv_kernel)
+
+
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -82,31 +85,25 @@ def causal_conv1d(
     """Launch the convolution; arguments as `fastmamba.ops.causal_conv1d`, already checked."""
     batch, tokens, channels = x.shape
     y = x.new_empty((batch, tokens, channels))
-    channel_blocks = triton.cdiv(channels, _CHANNELS)
+    channel_blocks = -(-channels // _CHANNELS)
     if mask is not None and mask.dtype == torch.bool:
         mask = mask.view(torch.uint8)
     if initial_states is not None and initial_states.numel() == 0:  # W = 1 has none
         initial_states = None
-    with on_device(x):
-        _conv_kernel[(triton.cdiv(tokens, _TOKENS) * channel_blocks, batch)](
-            x,
-            weight.contiguous(),
-            None if bias is None else bias.contiguous(),
-            initial_states,
-            mask,
-            y,
+    _launch_conv(
+        (-(-tokens // _TOKENS) * channel_blocks, batch, 1),
+        (x, weight.contiguous(), None if bias is None else bias.contiguous(), initial_states, mask, y),
+        (
             tokens,
             channels,
             channel_blocks,
             *x.stride(),
             *((0, 0, 0) if initial_states is None else initial_states.stride()),
             *((0, 0) if mask is None else mask.stride()),
-            W=weight.shape[1],
-            SILU=activation is not None,
-            BT=_TOKENS,
-            BC=_CHANNELS,
-            num_warps=4,
-        )
+        ),
+        (weight.shape[1], activation is not None, _TOKENS, _CHANNELS),
+        num_warps=4,
+    )
     return y
 
 
@@ -160,6 +157,9 @@ def _conv_update_kernel(
     tl.store(y_ptr + b * channels + c, acc.to(y_ptr.dtype.element_ty), mask=has_c)
 
 
+_launch_update = Launcher(_conv_update_kernel)
+
+
 def causal_conv1d_update(
     x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
 ) -> Tensor:
@@ -168,21 +168,11 @@ def causal_conv1d_update(
     width, slots = weight.shape[1], conv_state.shape[2]
     y = x.new_empty((batch, channels))
     block = 128
-    with on_device(x):
-        _conv_update_kernel[(triton.cdiv(channels, block), batch)](
-            x,
-            conv_state,
-            weight.contiguous(),
-            None if bias is None else bias.contiguous(),
-            y,
-            channels,
-            *x.stride(),
-            *conv_state.stride(),
-            S=slots,
-            W=width,
-            SILU=activation is not None,
-            BS=triton.next_power_of_2(slots),
-            BC=block,
-            num_warps=4,
-        )
+    _launch_update(
+        (-(-channels // block), batch, 1),
+        (x, conv_state, weight.contiguous(), None if bias is None else bias.contiguous(), y),
+        (channels, *x.stride(), *conv_state.stride()),
+        (slots, width, activation is not None, 1 << (slots - 1).bit_length(), block),
+        num_warps=4,
+    )
     return y

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmamba.kernels._launch import on_device
+from fastmamba.kernels._launch import Launcher
 
 
 @triton.jit
@@ -51,27 +51,22 @@ def _norm_kernel(
     tl.store(y_ptr + row * (groups * SIZE) + d, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
+_launch_norm = Launcher(_norm_kernel)
+
+
 def gated_rms_norm(
     x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, group_size: int, norm_before_gate: bool
 ) -> Tensor:
     """Launch the norm; arguments as `fastmamba.ops.gated_rms_norm`, already checked."""
     batch, tokens, width = x.shape
     y = x.new_empty((batch, tokens, width))
-    block = triton.next_power_of_2(group_size)
-    with on_device(x):
-        _norm_kernel[(batch * tokens, width // group_size)](
-            x,
-            weight.contiguous(),
-            gate,
-            y,
-            tokens,
-            width // group_size,
-            eps,
-            *x.stride(),
-            *((0, 0, 0) if gate is None else gate.stride()),
-            SIZE=group_size,
-            BLOCK=block,
-            NORM_BEFORE_GATE=norm_before_gate,
-            num_warps=min(max(block // 512, 1), 16),
-        )
+    block = 1 << (group_size - 1).bit_length()
+    groups = width // group_size
+    _launch_norm(
+        (batch * tokens, groups, 1),
+        (x, weight.contiguous(), gate, y),
+        (tokens, groups, eps, *x.stride(), *((0, 0, 0) if gate is None else gate.stride())),
+        (group_size, block, norm_before_gate),
+        num_warps=min(max(block // 512, 1), 16),
+    )
     return y

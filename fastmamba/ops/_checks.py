@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 ACTIVATIONS = ("silu", "swish", None)
@@ -66,3 +68,37 @@ def check_activation(activation: object) -> None:
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd must record the call."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+_MOST_FORMS = 4096
+
+
+def seen_form(forms: set[Any], tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
+    """The fast way past an op's checks: has a call of this form passed them before?
+
+    All that the checks look at are shapes, dtypes, devices and options, so a call that agrees in these with one that
+    passed will pass. This takes 2 to 3 us, the checks up to 20.
+
+        form = seen_form(_forms, (x, weight, bias), (activation,))
+        if form is not True:
+            check_everything(...)
+            remember_form(_forms, form)
+
+    Returns:
+        True if so; else what `remember_form` takes once the checks have passed.
+    """
+    if torch.compiler.is_compiling():
+        return None  # sizes may be symbols, and a trace checks once anyway
+    try:
+        form = (*[None if t is None else (t.shape, t.dtype, t.device) for t in tensors], *options)
+        return form in forms or form
+    except (AttributeError, TypeError):  # no tensor, or nothing that can be hashed: the checks say what is wrong
+        return None
+
+
+def remember_form(forms: set[Any], form: Any) -> None:
+    """Remember what `seen_form` returned, after the checks have passed."""
+    if form is not None:
+        if len(forms) >= _MOST_FORMS:
+            forms.clear()
+        forms.add(form)

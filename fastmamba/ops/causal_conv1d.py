@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from fastmamba.ops._checks import check_activation, check_input, check_kernel_dtype, check_tensor, needs_grad
+from fastmamba.ops._checks import (
+    check_activation,
+    check_input,
+    check_kernel_dtype,
+    check_tensor,
+    needs_grad,
+    remember_form,
+    seen_form,
+)
 from fastmamba.ops._dispatch import resolve_backend
 from fastmamba.ops._library import register
 from fastmamba.reference.causal_conv1d import causal_conv1d as reference_conv
@@ -44,27 +55,17 @@ def causal_conv1d(
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, or an empty input.
         RuntimeError: backend="triton" where it cannot run.
     """
-    check_input("x", x, 3, "(B, T, C)")
-    batch, tokens, channels = x.shape
-    device = x.device
-    check_input("weight", weight, 2, "(C, W)")
-    width = weight.shape[1]
-    check_tensor("weight", weight, (channels, width), "(C, W)", device)
-    if bias is not None:
-        check_tensor("bias", bias, (channels,), "(C,)", device)
-    if initial_states is not None:
-        check_tensor("initial_states", initial_states, (batch, channels, width - 1), "(B, C, W - 1)", device)
-    if mask is not None:
-        check_tensor("mask", mask, (batch, tokens), "(B, T)", device, floating=False)
-    check_activation(activation)
-    backend = resolve_backend(backend, device)
+    form = seen_form(_forms, (x, weight, bias, initial_states, mask), (activation,))
+    if form is not True:
+        _check(x, weight, bias, initial_states, mask, activation)
+        remember_form(_forms, form)
+    backend = resolve_backend(backend, x.device)
     if backend == "triton":
         check_kernel_dtype("x", x)
-    arguments = (x, weight, bias, initial_states, mask)
-    if needs_grad(*arguments):
-        return reference_conv(*arguments, activation)
+    if needs_grad(x, weight, bias, initial_states, mask):
+        return reference_conv(x, weight, bias, initial_states, mask, activation)
     run = torch.ops.fastmamba.causal_conv1d if torch.compiler.is_compiling() else _run
-    return run(*arguments, activation, backend)
+    return run(x, weight, bias, initial_states, mask, activation, backend)
 
 
 def causal_conv1d_update(
@@ -93,6 +94,42 @@ def causal_conv1d_update(
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, or an empty input.
         RuntimeError: backend="triton" where it cannot run, or autograd would have to see the in-place change.
     """
+    form = seen_form(_forms, (x, conv_state, weight, bias), (activation,))
+    if form is not True:
+        _check_update(x, conv_state, weight, bias, activation)
+        remember_form(_forms, form)
+    backend = resolve_backend(backend, x.device)
+    if backend == "triton":
+        check_kernel_dtype("x", x)
+    if needs_grad(conv_state):
+        raise RuntimeError("causal_conv1d_update changes conv_state in place, which must not require gradients")
+    if needs_grad(x, weight, bias):
+        return reference_update(x, conv_state, weight, bias, activation)
+    run = torch.ops.fastmamba.causal_conv1d_update if torch.compiler.is_compiling() else _run_update
+    return run(x, conv_state, weight, bias, activation, backend)
+
+
+# Forms of calls that passed the checks; the two ops differ in the dimensions of x.
+_forms: set[Any] = set()
+
+
+def _check(x: Any, weight: Any, bias: Any, initial_states: Any, mask: Any, activation: Any) -> None:
+    check_input("x", x, 3, "(B, T, C)")
+    batch, tokens, channels = x.shape
+    device = x.device
+    check_input("weight", weight, 2, "(C, W)")
+    width = weight.shape[1]
+    check_tensor("weight", weight, (channels, width), "(C, W)", device)
+    if bias is not None:
+        check_tensor("bias", bias, (channels,), "(C,)", device)
+    if initial_states is not None:
+        check_tensor("initial_states", initial_states, (batch, channels, width - 1), "(B, C, W - 1)", device)
+    if mask is not None:
+        check_tensor("mask", mask, (batch, tokens), "(B, T)", device, floating=False)
+    check_activation(activation)
+
+
+def _check_update(x: Any, conv_state: Any, weight: Any, bias: Any, activation: Any) -> None:
     check_input("x", x, 2, "(B, C)")
     batch, channels = x.shape
     device = x.device
@@ -106,15 +143,14 @@ def causal_conv1d_update(
     if bias is not None:
         check_tensor("bias", bias, (channels,), "(C,)", device)
     check_activation(activation)
-    backend = resolve_backend(backend, device)
-    if backend == "triton":
-        check_kernel_dtype("x", x)
-    if needs_grad(conv_state):
-        raise RuntimeError("causal_conv1d_update changes conv_state in place, which must not require gradients")
-    if needs_grad(x, weight, bias):
-        return reference_update(x, conv_state, weight, bias, activation)
-    run = torch.ops.fastmamba.causal_conv1d_update if torch.compiler.is_compiling() else _run_update
-    return run(x, conv_state, weight, bias, activation, backend)
+
+
+@functools.cache
+def _kernels() -> Any:
+    """Triton comes in with the first call that needs it."""
+    from fastmamba.kernels import causal_conv1d
+
+    return causal_conv1d
 
 
 def _run(
@@ -127,9 +163,7 @@ def _run(
     backend: str,
 ) -> Tensor:
     if backend == "triton":
-        from fastmamba.kernels.causal_conv1d import causal_conv1d as kernel
-
-        return kernel(x, weight, bias, initial_states, mask, activation)
+        return _kernels().causal_conv1d(x, weight, bias, initial_states, mask, activation)
     return reference_conv(x, weight, bias, initial_states, mask, activation)
 
 
@@ -137,9 +171,7 @@ def _run_update(
     x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, backend: str
 ) -> Tensor:
     if backend == "triton":
-        from fastmamba.kernels.causal_conv1d import causal_conv1d_update as kernel
-
-        return kernel(x, conv_state, weight, bias, activation)
+        return _kernels().causal_conv1d_update(x, conv_state, weight, bias, activation)
     return reference_update(x, conv_state, weight, bias, activation)
 
 

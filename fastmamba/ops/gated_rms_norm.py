@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from fastmamba.ops._checks import check_input, check_kernel_dtype, check_tensor, needs_grad
+from fastmamba.ops._checks import (
+    check_input,
+    check_kernel_dtype,
+    check_tensor,
+    needs_grad,
+    remember_form,
+    seen_form,
+)
 from fastmamba.ops._dispatch import resolve_backend
 from fastmamba.ops._library import register
 from fastmamba.reference.gated_rms_norm import gated_rms_norm as reference_norm
@@ -44,17 +54,12 @@ def gated_rms_norm(
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, or an empty input.
         RuntimeError: backend="triton" where it cannot run.
     """
-    check_input("x", x, 3, "(B, T, D)")
-    width = x.shape[-1]
-    check_tensor("weight", weight, (width,), "(D,)", x.device)
-    if gate is not None:
-        check_tensor("gate", gate, tuple(x.shape), "(B, T, D)", x.device, x.dtype)
+    form = seen_form(_forms, (x, weight, gate), (eps, group_size))
+    if form is not True:
+        _check(x, weight, gate, eps, group_size)
+        remember_form(_forms, form)
     if group_size is None:
-        group_size = width
-    elif group_size < 1 or width % group_size:
-        raise ValueError(f"group_size must divide D = {width}, got {group_size}")
-    if not eps >= 0:
-        raise ValueError(f"eps must be 0 or more, got {eps!r}")
+        group_size = x.shape[-1]
     backend = resolve_backend(backend, x.device)
     if backend == "triton":
         check_kernel_dtype("x", x)
@@ -64,13 +69,35 @@ def gated_rms_norm(
     return run(x, weight, gate, eps, group_size, norm_before_gate, backend)
 
 
+_forms: set[Any] = set()
+"""Forms of calls that passed the checks."""
+
+
+def _check(x: Any, weight: Any, gate: Any, eps: Any, group_size: Any) -> None:
+    check_input("x", x, 3, "(B, T, D)")
+    width = x.shape[-1]
+    check_tensor("weight", weight, (width,), "(D,)", x.device)
+    if gate is not None:
+        check_tensor("gate", gate, tuple(x.shape), "(B, T, D)", x.device, x.dtype)
+    if group_size is not None and (group_size < 1 or width % group_size):
+        raise ValueError(f"group_size must divide D = {width}, got {group_size}")
+    if not eps >= 0:
+        raise ValueError(f"eps must be 0 or more, got {eps!r}")
+
+
+@functools.cache
+def _kernel() -> Any:
+    """Triton comes in with the first call that needs it."""
+    from fastmamba.kernels.gated_rms_norm import gated_rms_norm
+
+    return gated_rms_norm
+
+
 def _run(
     x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, group_size: int, norm_before_gate: bool, backend: str
 ) -> Tensor:
     if backend == "triton":
-        from fastmamba.kernels.gated_rms_norm import gated_rms_norm as kernel
-
-        return kernel(x, weight, gate, eps, group_size, norm_before_gate)
+        return _kernel()(x, weight, gate, eps, group_size, norm_before_gate)
     return reference_norm(x, weight, gate, eps, group_size, norm_before_gate)
 
 
