@@ -40,9 +40,9 @@ class Launcher:
     straight to the compiled kernel. They are told apart by all that Triton specialises on, or by more: device, options,
     constexprs, the numbers themselves, and each tensor's dtype and whether its address is a multiple of 16.
 
-    Triton's own call serves every time in the interpreter, on GPUs other than NVIDIA's (AMD's backend specialises on the
-    size of a tensor's storage too), and while a launch hook is installed (Triton's profiler does). What it reads at
-    each call and this does not is what may change behind a compiled kernel: Triton's debug knobs.
+    Triton's own call serves every time in the interpreter, on GPUs other than NVIDIA's (AMD's backend specialises also
+    on the size of a tensor's storage), and while a launch hook is installed (Triton's profiler does). Triton's debug
+    knobs are looked at only when a specialisation is new.
     """
 
     __slots__ = ("_kernel", "_ready")
@@ -102,7 +102,7 @@ class Launcher:
             run(*grid, stream_of(index), function, metadata, None, None, None, *addresses, *numbers, *constants)
 
     def _remember(self, key: Any, compiled: Any) -> None:
-        driver = triton.runtime.driver.active
+        driver: Any = triton.runtime.driver.active
         if driver.get_current_target().backend != "cuda":
             self._ready = None
             return
