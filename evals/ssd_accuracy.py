@@ -1,0 +1,170 @@
+"""How near our SSD is to the original kernels and to float64: table 2 of "Accelerating Mamba2 with Kernel Fusion".
+
+    python evals/ssd_accuracy.py --output results/ssd_accuracy.json
+
+A line is what an implementation does with the numbers: states between chunks in float32 or in the dtype of x, precision
+exact or relaxed. It has the share of elements of y that match mamba_ssm's (chunk 256, the same state dtype) at
+atol = rtol = 0, 1e-3 and 1e-2, and what both err against float64. "chunk 64" is mamba_ssm itself at another chunk size:
+how well two correct implementations that sum in another order match.
+
+Two kinds of inputs: "init" as Mamba-2 is initialised, centred on zero, and "article" with the means and deviations of
+the article's own benchmark, whose outputs are large sums of one sign.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # evals is not installed
+
+from evals import environment  # noqa: E402
+from evals.ssd_check import errors  # noqa: E402
+from evals.ssd_contenders import five_kernels  # noqa: E402
+from evals.ssd_grid import Shape  # noqa: E402
+from fastmamba import configs  # noqa: E402
+from fastmamba.ops import ssd  # noqa: E402
+from fastmamba.testing import SsdCase  # noqa: E402
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+TOLERANCES = (0.0, 1e-3, 1e-2)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n\n")[0],
+        epilog=(__doc__ or "").partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--heads", type=int, default=80)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("results/ssd_accuracy.json"))
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA device")
+    if five_kernels() is None:
+        parser.error("needs mamba_ssm, which it compares with")
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    shape = Shape("Mamba2-2.7B", 1, options.tokens, options.heads)
+    record: dict[str, Any] = {"environment": environment.record(device), "shape": vars(shape), "tables": []}
+    console = Console(width=200)
+    console.print(environment.one_line(record["environment"]), soft_wrap=True)
+    for data in ("init", "article"):
+        for name, dtype in DTYPES.items():
+            case = shape.case(dtype, device, options.seed)
+            if data == "article":
+                case = article_inputs(case, options.seed)
+            columns = compare(case, configs.ssd_variants(device))
+            record["tables"].append({"data": data, "dtype": name, "columns": columns})
+            console.print(table(f"{data} inputs, {name}, {shape.label}, {shape.tokens:,} tokens", columns))
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(record, indent=1))
+    return 0
+
+
+def article_inputs(case: SsdCase, seed: int) -> SsdCase:
+    """The same shapes, dtypes and strides with the article's distributions."""
+    generator = torch.Generator(case.x.device).manual_seed(seed)
+
+    def normal(like: Tensor, mean: float, deviation: float) -> Tensor:
+        return torch.randn(like.shape, device=like.device, generator=generator) * deviation + mean
+
+    for name, mean, deviation in (("x", 5, 2), ("B", 7, 3), ("C", 20, 5), ("dt", 0.5, 0.2)):
+        tensor = getattr(case, name)
+        tensor.copy_(normal(tensor, mean, deviation))
+    assert case.D is not None and case.dt_bias is not None
+    return dataclasses.replace(
+        case, A=normal(case.A, -10, 3), D=normal(case.D, 1.2, 0.5), dt_bias=normal(case.dt_bias, -5, 0.5)
+    )
+
+
+def compare(case: SsdCase, variants: tuple[str, ...]) -> list[dict[str, Any]]:
+    """One column for each variant, precision and state dtype, and the control."""
+    half = case.x.dtype
+    originals = {state: original(case, state) for state in (torch.float32, half)}
+    made: list[tuple[str, torch.dtype, tuple[Tensor, Tensor]]] = [
+        (f"chunk 64, {_name(state)} states", state, original(case, state, chunk=64)) for state in (torch.float32, half)
+    ]
+    for variant in reversed(variants):
+        for precision in ("exact", "relaxed"):
+            for state in (torch.float32, half):
+                with configs.override(variant):
+                    options: dict[str, Any] = case.keywords() | {"state_dtype": state, "precision": precision}
+                    result: Any = ssd(*case.arguments(), **options, backend="triton")
+                made.append((f"{variant}, {_name(state)} states, {precision}", state, result))
+    off = errors(case, [*originals.values(), *(result for *_, result in made)])
+    theirs = dict(zip(originals, off[: len(originals)], strict=True))
+    return [
+        {
+            "column": name,
+            "match": {tolerance: match(result[0], originals[state][0], tolerance) for tolerance in TOLERANCES},
+            "error": dict(zip(("y", "states"), error, strict=True)),
+            "original_error": dict(zip(("y", "states"), theirs[state], strict=True)),
+        }
+        for (name, state, result), error in zip(made, off[len(originals) :], strict=True)
+    ]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+
+
+def match(actual: Tensor, expected: Tensor, tolerance: float) -> float:
+    """Share of elements with |actual - expected| <= tolerance + tolerance |expected|."""
+    actual, expected = actual.float(), expected.float()
+    return ((actual - expected).abs() <= tolerance + tolerance * expected.abs()).double().mean().item()
+
+
+def original(case: SsdCase, state: torch.dtype, chunk: int = 256) -> tuple[Tensor, Tensor]:
+    """mamba_ssm's five kernels, with the states between chunks in a given dtype (it takes the dtype of C itself)."""
+    x, dt, A, B, C, D, z, dt_bias, initial_states = case.arguments()
+    rest: dict[str, Any] = dict(D=D, z=z, dt_bias=dt_bias, initial_states=initial_states)
+    rest |= dict(dt_softplus=case.dt_softplus, dt_limit=case.dt_limit)
+    module: Any = five_kernels()
+    with states_in(module, state):
+        y, *_, final = module._mamba_chunk_scan_combined_fwd(x, dt, A, B, C, chunk, **rest)
+    return y, final
+
+
+@contextlib.contextmanager
+def states_in(ssd_combined: Any, dtype: torch.dtype) -> Iterator[None]:
+    pass_states = ssd_combined._state_passing_fwd
+
+    def passing(*arguments: Any, **options: Any) -> Any:
+        return pass_states(*arguments, **options | {"out_dtype": dtype})
+
+    with mock.patch.object(ssd_combined, "_state_passing_fwd", passing):
+        yield
+
+
+def table(title: str, columns: list[dict[str, Any]]) -> Table:
+    out = Table(title=title, title_justify="left")
+    for header in ("", *(f"match at {tolerance:g}" for tolerance in TOLERANCES)):
+        out.add_column(header, justify="right" if header else "left")
+    for what in ("y", "states"):
+        out.add_column(f"error of {what}", justify="right")
+        out.add_column("original's", justify="right")
+    for column in columns:
+        cells = [f"{100 * share:.3f}%" for share in column["match"].values()]
+        for what in ("y", "states"):
+            cells += [f"{column[error][what]:.2e}" for error in ("error", "original_error")]
+        out.add_row(column["column"], *cells)
+    return out
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
