@@ -1,0 +1,21 @@
+#!/bin/sh
+# compute-sanitizer over the SSD kernels on a small grid of odd shapes: accesses out of bounds, races in shared memory.
+#     evals/sanitize.sh [TOOL ...]       memcheck and racecheck; PYTHON and LIMIT (seconds for each tool) can be set
+# Only kernels whose name holds "ssd" are instrumented. Allocations are not cached, so that each tensor has its own bounds.
+set -u
+cd "$(dirname "$0")/.." || exit 2
+python=${PYTHON:-python3}
+limit=${LIMIT:-120}
+export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+"$python" evals/ssd_once.py --small-grid || exit 1 # compiles, so that the sanitizers do not wait for it
+bad=0
+[ $# -gt 0 ] || set -- memcheck racecheck
+for tool in "$@"; do
+    echo "== $tool"
+    timeout "$limit" compute-sanitizer --tool "$tool" --kernel-name kernel_substring=ssd --error-exitcode 9 \
+        --target-processes application-only "$python" evals/ssd_once.py --small-grid
+    status=$?
+    echo "== $tool: exit status $status (9: it found something; 124: out of time)"
+    [ $status -eq 0 ] || bad=1
+done
+exit $bad
