@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmamba.ops import causal_conv1d, causal_conv1d_update, gated_rms_norm, resolve_backend, ssd, ssd_step
+from fastmamba.ops import causal_conv1d, gated_rms_norm, resolve_backend, ssd, ssd_step
+from fastmamba.step import can_step, step_forward
 
 
 class MixerView(Protocol):
@@ -113,6 +114,8 @@ def mixer_forward(
     Returns:
         (B, T, hidden size), what out_proj makes of it.
     """
+    if can_step(hidden_states, state):
+        return step_forward(mixer, plan, hidden_states, state, norm_is_plain(mixer, plan))
     tiles = _tiles(mixer, plan, hidden_states, state)
     if not tiles:
         return _forward(mixer, plan, hidden_states, state, mask)
@@ -169,28 +172,23 @@ def _forward(
     weight = conv1d.weight.squeeze(1)
 
     conv, ssm = (None, None) if state is None else (state.conv, state.ssm)
-    stepping = ssm is not None and tokens == 1
+    stepping = ssm is not None and tokens == 1  # with a cache that records its past: `can_step` took the others
     recording = state is not None and state.record_past
-    if stepping and conv is not None and not recording:
-        conv_out = causal_conv1d_update(
-            conv_in[:, 0], conv, weight, conv1d.bias, activation=mixer.activation, backend=backend
-        )
-    else:
-        width = mixer.conv_kernel_size
-        conv_out = causal_conv1d(
-            conv_in,
-            weight,
-            conv1d.bias,
-            initial_states=None if conv is None else _last_inputs(conv, width - 1),
-            mask=mask,
-            activation=mixer.activation,
-            backend=backend,
-        )
-        if state is not None:  # after the convolution has read the old conv state
-            kept = conv_in if recording else conv_in[:, -width:]
-            state.write_conv(kept.transpose(1, 2))
-        if stepping:
-            conv_out = conv_out[:, 0]
+    width = mixer.conv_kernel_size
+    conv_out = causal_conv1d(
+        conv_in,
+        weight,
+        conv1d.bias,
+        initial_states=None if conv is None else _last_inputs(conv, width - 1),
+        mask=mask,
+        activation=mixer.activation,
+        backend=backend,
+    )
+    if state is not None:  # after the convolution has read the old conv state
+        kept = conv_in if recording else conv_in[:, -width:]
+        state.write_conv(kept.transpose(1, 2))
+    if stepping:
+        conv_out = conv_out[:, 0]
 
     axes = (batch,) if stepping else (batch, tokens)
     x, B, C = conv_out.split((inner, groups * state_size, groups * state_size), dim=-1)

@@ -28,7 +28,8 @@ NOT_IMPORTED = {
 MAY_IMPORT = {
     "__init__": {"hf"},
     "hf": {"hf", "mixer", "ops"},
-    "mixer": {"ops"},
+    "mixer": {"step", "ops"},
+    "step": {"mixer", "ops"},  # of the mixer, types alone
     "ops": {"ops", "kernels", "reference", "configs"},
     "kernels": {"kernels", "configs"},
     "reference": {"reference"},
