@@ -12,11 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmamba.kernels._launch import on_device
+from fastmamba.kernels._launch import Launcher
 from fastmamba.kernels._softplus import softplus
 
 _BLOCKS = 256
 """Blocks that keep a GPU busy; with fewer, a head is cut into slices of P."""
+_LARGEST_P = 32
+"""Rows of the state that a block holds at most; 64 take 234 registers a thread."""
 _SHIFTED = 256
 """Channels of the conv state that a block of the second launch shifts."""
 
@@ -145,9 +147,9 @@ def _step_kernel(
     dt = softplus(dt + tl.load(dt_bias_ptr + h).to(tl.float32))
     A = -tl.exp(tl.load(A_log_ptr + h).to(tl.float32))
 
-    state = state * tl.exp(dt * A) + (dt * x)[:, None] * Bv[None, :]
+    state = state * tl.exp(dt * A) + (dt * x)[:, None] * tl.expand_dims(Bv, 0)
     tl.store(at, state.to(state_ptr.dtype.element_ty), mask=has)
-    y = tl.sum(state * Cv[None, :], axis=1)
+    y = tl.sum(state * tl.expand_dims(Cv, 0), axis=1)
     y += x * tl.load(D_ptr + h).to(tl.float32)
     if GATED:
         z = tl.load(u_ptr + x_at, mask=has_p, other=0.0).to(tl.float32)
@@ -212,6 +214,10 @@ def _norm_kernel(
         _shift(window, conv_ptr, c, has, stride_c_c, stride_c_w, S, BS)
 
 
+_launch_step = Launcher(_step_kernel)
+_launch_norm = Launcher(_norm_kernel)
+
+
 def mixer_step(
     projected: Tensor,
     conv_state: Tensor,
@@ -232,20 +238,18 @@ def mixer_step(
     """Launch the step; arguments as `fastmamba.ops.mixer_step`, already checked."""
     batch, heads, head_dim, width = state.shape
     inner = heads * head_dim
-    slots, taps = conv_state.shape[2], conv_weight.shape[1]
+    slots = conv_state.shape[2]
     norm = norm_weight is not None
     y = projected.new_empty((batch, inner))
     raw = projected.new_empty((batch, inner), dtype=torch.float32) if norm else y
-    block_p = triton.next_power_of_2(head_dim)
-    while block_p > 16 and batch * heads * triton.cdiv(head_dim, block_p) < _BLOCKS:
+    block_p = min(_power_of_2(head_dim), _LARGEST_P)
+    while block_p > 16 and batch * heads * -(-head_dim // block_p) < _BLOCKS:
         block_p //= 2
-    block_n = triton.next_power_of_2(width)
-    norm_blocks = inner // group_size if norm else 0
-    block = triton.next_power_of_2(group_size)
-    shared = 2 * groups * width
-    channels = min(_SHIFTED, triton.next_power_of_2(shared))
-    with on_device(projected):
-        _step_kernel[(batch * heads, triton.cdiv(head_dim, block_p))](
+    window = _power_of_2(slots)
+    stride = projected.stride(0)
+    _launch_step(
+        (batch * heads, -(-head_dim // block_p), 1),
+        (
             projected,
             conv_state,
             state,
@@ -256,44 +260,29 @@ def mixer_step(
             D.contiguous(),
             dt_bias.contiguous(),
             raw,
-            heads,
-            heads // groups,
-            projected.stride(0),
-            *conv_state.stride(),
-            *state.stride(),
-            INNER=inner,
-            GROUPS=groups,
-            P=head_dim,
-            N=width,
-            S=slots,
-            BS=triton.next_power_of_2(slots),
-            W=taps,
-            BP=block_p,
-            BN=block_n,
-            SILU=activation is not None,
-            GATED=gate == "before" and not norm,
-            num_warps=4,
-        )
-        _norm_kernel[(norm_blocks + triton.cdiv(shared, channels), batch)](
-            raw,
-            projected,
-            conv_state,
-            addresses,
-            norm_weight.contiguous() if norm else None,
-            y,
-            norm_blocks,
-            eps,
-            projected.stride(0),
-            *conv_state.stride(),
-            INNER=inner,
-            SHARED=shared,
-            SIZE=group_size,
-            BLOCK=block,
-            S=slots,
-            BS=triton.next_power_of_2(slots),
-            BC=channels,
-            NORM=norm,
-            GATE_AFTER=gate == "after",
-            num_warps=min(max(block // 512, 1), 16) if norm else 4,
-        )
+        ),
+        (heads, heads // groups, stride, *conv_state.stride(), *state.stride()),
+        (
+            *(inner, groups, head_dim, width, slots, window, conv_weight.shape[1], block_p, _power_of_2(width)),
+            activation is not None,
+            gate == "before" and not norm,
+        ),
+        num_warps=4,
+    )
+    shared = 2 * groups * width
+    channels = min(_SHIFTED, _power_of_2(shared))
+    norm_blocks = inner // group_size if norm else 0
+    block = _power_of_2(group_size)
+    _launch_norm(
+        (norm_blocks + -(-shared // channels), batch, 1),
+        (raw, projected, conv_state, addresses, norm_weight.contiguous() if norm else None, y),
+        (norm_blocks, eps, stride, *conv_state.stride()),
+        (inner, shared, group_size, block, slots, window, channels, norm, gate == "after"),
+        num_warps=min(max(block // 512, 1), 16) if norm else 4,
+    )
     return y
+
+
+def _power_of_2(number: int) -> int:
+    """The smallest power of 2 that is no less."""
+    return 1 << (number - 1).bit_length()

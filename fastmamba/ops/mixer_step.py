@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from fastmamba.ops._checks import check_activation, check_groups, check_input, check_kernel_dtype, check_tensor
-from fastmamba.ops._checks import needs_grad as any_needs_grad
+from fastmamba.ops._checks import (
+    check_activation,
+    check_groups,
+    check_input,
+    check_kernel_dtype,
+    check_tensor,
+    needs_grad,
+    remember_form,
+    seen_form,
+)
 from fastmamba.ops._dispatch import resolve_backend
 from fastmamba.ops._library import register
 from fastmamba.reference.mixer_step import mixer_step as reference_step
@@ -69,6 +80,64 @@ def mixer_step(
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, or an empty input.
         RuntimeError: backend="triton" where it cannot run, or gradients are needed: there is no backward.
     """
+    tensors = (projected, conv_state, state, conv_weight, conv_bias, A_log, D, dt_bias, norm_weight, addresses)
+    form = seen_form(_forms, tensors, (groups, eps, group_size, gate, activation))
+    if form is not True:
+        _check(*tensors, groups, eps, group_size, gate, activation)
+        remember_form(_forms, form)
+    if group_size is None:
+        group_size = state.shape[1] * state.shape[2]
+    backend = resolve_backend(backend, projected.device)
+    if backend == "triton":
+        check_kernel_dtype("projected", projected)
+        if projected.stride(1) != 1:
+            raise ValueError(f"projected must have contiguous channels, got strides {projected.stride()}")
+    elif addresses is not None:
+        raise ValueError("addresses needs backend='triton'")
+    if needs_grad(*tensors):
+        raise RuntimeError("mixer_step has no backward: call it under torch.no_grad()")
+    run = torch.ops.fastmamba.mixer_step if torch.compiler.is_compiling() else _run
+    return run(
+        projected,
+        conv_state,
+        state,
+        conv_weight,
+        conv_bias,
+        A_log,
+        D,
+        dt_bias,
+        groups,
+        norm_weight,
+        eps,
+        group_size,
+        gate,
+        activation,
+        addresses,
+        backend,
+    )
+
+
+_forms: set[Any] = set()
+"""Forms of calls that passed the checks."""
+
+
+def _check(
+    projected: Any,
+    conv_state: Any,
+    state: Any,
+    conv_weight: Any,
+    conv_bias: Any,
+    A_log: Any,
+    D: Any,
+    dt_bias: Any,
+    norm_weight: Any,
+    addresses: Any,
+    groups: Any,
+    eps: Any,
+    group_size: Any,
+    gate: Any,
+    activation: Any,
+) -> None:
     check_input("projected", projected, 2, "(B, 2*D + 2*G*N + H)")
     check_input("state", state, 4, "(B, H, P, N)")
     batch, heads, head_dim, width = state.shape
@@ -96,43 +165,21 @@ def mixer_step(
         check_tensor("norm_weight", norm_weight, (inner,), "(D,)", device)
         if gate == "none":
             raise ValueError("gate must be 'before' or 'after' where there is a norm, got 'none'")
-    if group_size is None:
-        group_size = inner
-    elif group_size < 1 or inner % group_size:
+    if group_size is not None and (group_size < 1 or inner % group_size):
         raise ValueError(f"group_size must divide D = {inner}, got {group_size}")
     if not eps >= 0:
         raise ValueError(f"eps must be 0 or more, got {eps!r}")
     check_activation(activation)
-    backend = resolve_backend(backend, device)
-    if backend == "triton":
-        check_kernel_dtype("projected", projected)
-        if projected.stride(1) != 1:
-            raise ValueError(f"projected must have contiguous channels, got strides {projected.stride()}")
     if addresses is not None:
         check_tensor("addresses", addresses, (2,), "(2,)", device, torch.int64, floating=False)
-        if backend != "triton":
-            raise ValueError("addresses needs backend='triton'")
-    if any_needs_grad(projected, conv_state, state, conv_weight, conv_bias, A_log, D, dt_bias, norm_weight):
-        raise RuntimeError("mixer_step has no backward: call it under torch.no_grad()")
-    run = torch.ops.fastmamba.mixer_step if torch.compiler.is_compiling() else _run
-    return run(
-        projected,
-        conv_state,
-        state,
-        conv_weight,
-        conv_bias,
-        A_log,
-        D,
-        dt_bias,
-        groups,
-        norm_weight,
-        eps,
-        group_size,
-        gate,
-        activation,
-        addresses,
-        backend,
-    )
+
+
+@functools.cache
+def _kernel() -> Any:
+    """Triton comes in with the first call that needs it."""
+    from fastmamba.kernels.mixer_step import mixer_step
+
+    return mixer_step
 
 
 def _run(
@@ -156,9 +203,7 @@ def _run(
     weights = (conv_weight, conv_bias, A_log, D, dt_bias)
     options = (groups, norm_weight, eps, group_size, gate, activation)
     if backend == "triton":
-        from fastmamba.kernels.mixer_step import mixer_step as kernel
-
-        return kernel(projected, conv_state, state, *weights, *options, addresses)
+        return _kernel()(projected, conv_state, state, *weights, *options, addresses)
     return reference_step(projected, conv_state, state, *weights, *options)
 
 

@@ -1,4 +1,4 @@
-"""The fused one-token step: as many steps as tokens give what convolution, recurrence and norm give over the sequence."""
+"""The fused one-token step: stepping through a sequence gives what convolution, recurrence and norm give over it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,12 @@ class Case:
     gate: str
 
     def options(self) -> dict[str, Any]:
-        return {"groups": self.groups, "norm_weight": self.norm_weight, "group_size": self.group_size, "gate": self.gate}
+        return {
+            "groups": self.groups,
+            "norm_weight": self.norm_weight,
+            "group_size": self.group_size,
+            "gate": self.gate,
+        }
 
     def run(self, **changes: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Outputs and states, by the op."""
@@ -120,9 +125,7 @@ def check(case: Case, backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(
-    "shape", [(1, 4, 64, 1, 128), (3, 6, 24, 2, 40), (2, 2, 80, 2, 24), (1, 3, 8, 3, 16)], ids=str
-)
+@pytest.mark.parametrize("shape", [(1, 4, 64, 1, 128), (3, 6, 24, 2, 40), (2, 2, 80, 2, 24), (1, 3, 8, 3, 16)], ids=str)
 def test_steps_equal_the_sequence(shape: Any, dtype: torch.dtype, backend: str, device: torch.device) -> None:
     check(make(*shape, dtype=dtype, device=device), backend)
 
@@ -167,9 +170,7 @@ def test_strided_states(backend: str, device: torch.device) -> None:
     inputs = torch.full((2, 5, *case.conv_state.shape[1:]), torch.nan, device=device)
     memory[:, 2], inputs[:, 2] = case.state, case.conv_state
     for t in range(TOKENS):
-        mixer_step(
-            case.projected[:, t], inputs[:, 2], memory[:, 2], *case.weights, **case.options(), backend=backend
-        )
+        mixer_step(case.projected[:, t], inputs[:, 2], memory[:, 2], *case.weights, **case.options(), backend=backend)
     assert torch.equal(memory[:, 2], expected[2]) and torch.equal(inputs[:, 2], expected[1])
     for tensor in (memory, inputs):
         assert tensor[:, [0, 1, 3, 4]].isnan().all()
