@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastmamba.hf.patch import patch, patched, report, unpatch
-    from fastmamba.hf.report import FastMambaWarning, Report
+    from fastmamba.hf.report import FastMambaWarning, GraphReport, LayerReport, Report
 
 __version__ = "0.1.0"
 
@@ -23,10 +23,22 @@ _HOMES = {
     "report": "fastmamba.hf.patch",
     "unpatch": "fastmamba.hf.patch",
     "FastMambaWarning": "fastmamba.hf.report",
+    "GraphReport": "fastmamba.hf.report",
+    "LayerReport": "fastmamba.hf.report",
     "Report": "fastmamba.hf.report",
 }
 
-__all__ = ["FastMambaWarning", "Report", "__version__", "patch", "patched", "report", "unpatch"]
+__all__ = [
+    "FastMambaWarning",
+    "GraphReport",
+    "LayerReport",
+    "Report",
+    "__version__",
+    "patch",
+    "patched",
+    "report",
+    "unpatch",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,12 @@ class Family:
     """Attribute that multiplies the input of in_proj."""
     projection_scale: str | None = None
     """Attribute that multiplies the output of in_proj."""
+    roots: tuple[str, ...] = ()
+    """The classes whose one-token forward may come from a CUDA graph, a model with its head first."""
+    attention: tuple[str, ...] = ()
+    """The classes of layers that have a key-value cache: they stay out of the graphs."""
+    cache: str = "past_key_values"
+    """The argument of a root's forward that is the cache."""
 
     @property
     def module(self) -> str:
@@ -27,15 +33,33 @@ class Family:
 
 
 FAMILIES = (
-    Family("mamba2", "Mamba2Mixer"),
-    Family("granitemoehybrid", "GraniteMoeHybridMambaLayer"),
-    Family("bamba", "BambaMixer"),
-    Family("nemotron_h", "NemotronHMamba2Mixer"),
+    Family("mamba2", "Mamba2Mixer", roots=("Mamba2ForCausalLM", "Mamba2Model"), cache="cache_params"),
+    Family(
+        "granitemoehybrid",
+        "GraniteMoeHybridMambaLayer",
+        roots=("GraniteMoeHybridForCausalLM", "GraniteMoeHybridModel"),
+        attention=("GraniteMoeHybridAttention",),
+    ),
+    Family("bamba", "BambaMixer", roots=("BambaForCausalLM", "BambaModel"), attention=("BambaAttention",)),
+    Family(
+        "nemotron_h",
+        "NemotronHMamba2Mixer",
+        roots=("NemotronHForCausalLM", "NemotronHModel"),
+        attention=("NemotronHAttention",),
+    ),
     Family("zamba2", "Zamba2MambaMixer"),
-    Family("falcon_h1", "FalconH1Mixer", in_scale="ssm_in_multiplier", projection_scale="mup_vector"),
+    Family(
+        "falcon_h1",
+        "FalconH1Mixer",
+        in_scale="ssm_in_multiplier",
+        projection_scale="mup_vector",
+        roots=("FalconH1ForCausalLM", "FalconH1Model"),
+        attention=("FalconH1Attention",),
+    ),
 )
 
 _BY_CLASS = {(family.module, family.mixer): family for family in FAMILIES}
+_ROOTS = {(family.module, root): family for family in FAMILIES for root in family.roots}
 _MODULES = frozenset(family.module for family in FAMILIES)
 
 
@@ -45,6 +69,15 @@ def match(module: nn.Module) -> tuple[Family, type] | None:
         family = _BY_CLASS.get((cls.__module__, cls.__qualname__))
         if family is not None:
             return family, cls
+    return None
+
+
+def match_root(module: nn.Module) -> Family | None:
+    """Return the family of a model whose one-token forward may come from a graph, if its forward is the class's own."""
+    for cls in type(module).__mro__:
+        family = _ROOTS.get((cls.__module__, cls.__qualname__))
+        if family is not None:
+            return family if type(module).forward is cls.__dict__.get("forward") else None
     return None
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastmamba.hf.compat import CacheState, cache_layer
+from fastmamba.hf.recording import state_for
 from fastmamba.hf.report import count_original, warn_once
 from fastmamba.mixer import MixerPlan, mixer_forward, norm_is_plain
 from fastmamba.ops import ssd
@@ -48,6 +49,7 @@ def mixer_scope(plan: MixerPlan) -> Callable[..., Tensor]:
                 reason = _unsupported_state(state, hidden_states, attention_mask)
         if reason is not None:
             return _original(self, reason, hidden_states, cache_params, attention_mask, kwargs)
+        state = state_for(self, state)
         hooked = [self.conv1d] if "_hf_hook" in self.conv1d.__dict__ else []
         if plan.gated and "_hf_hook" in self.norm.__dict__ and norm_is_plain(self, plan):
             hooked.append(self.norm)

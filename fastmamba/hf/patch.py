@@ -13,12 +13,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from fastmamba.hf.families import FAMILIES, Family, belongs, match
-from fastmamba.hf.report import LayerReport, Report, forget_calls, original_calls
+from fastmamba.hf.families import FAMILIES, Family, belongs, match, match_root
+from fastmamba.hf.report import GraphReport, LayerReport, Report, forget_calls, original_calls
 from fastmamba.ops import BACKENDS, resolve_backend
 
 SCOPES = ("mixer", "ssd")
 """What patch() may make fast: the whole mixer, or the scan alone."""
+
+CUDA_GRAPHS = ("auto", "off")
+"""Whether one-token calls may come from CUDA graphs."""
 
 _KERNEL_SIZE = 256
 """The largest P and N of the Triton kernels."""
@@ -55,7 +58,7 @@ class _Layer:
     """Why the layer has to be left alone, or the empty string."""
 
 
-def patch(model: nn.Module, *, scope: str = "mixer", backend: str = "auto") -> Report:
+def patch(model: nn.Module, *, scope: str = "mixer", backend: str = "auto", cuda_graphs: str = "auto") -> Report:
     """Make the Mamba-2 layers of a loaded transformers model fast, in place, on this instance alone.
 
     Each mixer gets a forward of its own. Class, state_dict, hooks and modules stay as they are; `unpatch` takes the
@@ -68,16 +71,19 @@ def patch(model: nn.Module, *, scope: str = "mixer", backend: str = "auto") -> R
         model: a transformers model of a supported family, or a module that holds one (PEFT's wrapper, say).
         scope: "mixer" replaces the whole mixer forward; "ssd" only the scan over a sequence inside the original one.
         backend: "triton", "torch", or "auto": Triton on a GPU, PyTorch anywhere else.
+        cuda_graphs: "auto" records the model's one-token forward on its first use, on a GPU, and replays it from then
+            on; attention layers stay out of the graphs. Calls that cannot be replayed run as without graphs, and
+            `report` counts them by reason. "off" records nothing.
 
     Returns:
         What each layer got, or why it was left alone.
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: an unknown `scope` or `backend`; a model of no supported family.
+        ValueError: an unknown `scope`, `backend` or `cuda_graphs`; a model of no supported family.
         RuntimeError: an unsupported transformers version; backend="triton" where it cannot run.
     """
-    _check_options(scope, backend)
+    _check_options(scope, backend, cuda_graphs)
     layers = _survey(model)
     if layers:
         from fastmamba.hf.compat import check_version
@@ -96,6 +102,10 @@ def patch(model: nn.Module, *, scope: str = "mixer", backend: str = "auto") -> R
     for layer, function in bound:
         _bind(layer.module, layer.slot, function)
         forget_calls(layer.module)
+    if layers:
+        _unbind_roots(model)
+        if cuda_graphs == "auto" and scope != "ssd":
+            _bind_roots(model)
     return report(model)
 
 
@@ -109,7 +119,10 @@ def unpatch(model: nn.Module) -> int:
         TypeError: `model` is not a module.
     """
     count = 0
-    for layer in _survey(model):
+    layers = _survey(model)
+    if layers:
+        _unbind_roots(model)
+    for layer in layers:
         if layer.binding is not None:
             _restore(layer)
             forget_calls(layer.module)
@@ -118,13 +131,19 @@ def unpatch(model: nn.Module) -> int:
 
 
 @contextmanager
-def patched(model: nn.Module, *, scope: str = "mixer", backend: str = "auto") -> Iterator[Report]:
+def patched(
+    model: nn.Module, *, scope: str = "mixer", backend: str = "auto", cuda_graphs: str = "auto"
+) -> Iterator[Report]:
     """`patch` a model for the length of a with block; afterwards each layer has the forward it had before."""
     before = {id(layer.module): layer.module.__dict__[layer.slot] for layer in _survey(model) if layer.binding}
-    yielded = patch(model, scope=scope, backend=backend)
+    graphed = bool(before) and _has_bound_roots(model)
+    yielded = patch(model, scope=scope, backend=backend, cuda_graphs=cuda_graphs)
     try:
         yield yielded
     finally:
+        _unbind_roots(model)
+        if graphed:
+            _bind_roots(model)
         for layer in _survey(model):
             if layer.binding is None:
                 continue
@@ -143,11 +162,76 @@ def report(model: nn.Module) -> Report:
     """
     layers = _survey(model)
     note = "" if layers else "The model has no Mamba-2 layer: there is nothing to patch."
-    return Report(type(model).__name__, tuple(map(_describe, layers)), note)
+    graphs = _graph_reports(model) if layers else ()
+    return Report(type(model).__name__, tuple(map(_describe, layers)), note, graphs)
 
 
-def _check_options(scope: object, backend: object) -> None:
-    for name, value, allowed in (("scope", scope, SCOPES), ("backend", backend, BACKENDS)):
+def binding_of(module: Any) -> _Binding | None:
+    """What a mixer's fast forward was made with; None where it runs another."""
+    for slot in ("_old_forward", "forward"):
+        function = getattr(module.__dict__.get(slot), "__func__", None)
+        if isinstance(function, types.FunctionType) and function in _bindings:
+            return _bindings[function]
+    return None
+
+
+def _roots(model: nn.Module) -> Iterator[tuple[Any, Family]]:
+    """The models whose one-token forward may come from a graph, each the outermost: one with a head, not its body."""
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        family = match_root(module)
+        if family is not None and module not in inside:
+            inside.update(module.modules())
+            yield module, family
+
+
+def _bind_roots(model: nn.Module) -> None:
+    from fastmamba.hf.graphs import make_forward
+
+    for root, family in _roots(model):
+        # A forward that something else has put there, accelerate's for one, is left alone.
+        if "forward" not in root.__dict__:
+            _bind(root, "forward", make_forward(type(root), family))
+
+
+def _unbind_roots(model: nn.Module) -> None:
+    from fastmamba.hf import graphs
+
+    for root, _ in _roots(model):
+        graphs.forget(root)
+        for slot in ("_old_forward", "forward"):
+            bound = root.__dict__.get(slot)
+            if not graphs.made(getattr(bound, "__func__", None)):
+                continue
+            if slot == "forward":
+                del root.__dict__[slot]
+                continue
+            own = root.__dict__[slot] = types.MethodType(type(root).forward, root)
+            wrapper = root.__dict__.get("forward")
+            if getattr(wrapper, "__wrapped__", None) == bound:  # accelerate's wrapper, made while ours was bound
+                functools.update_wrapper(wrapper, own)
+
+
+def _has_bound_roots(model: nn.Module) -> bool:
+    from fastmamba.hf.graphs import made
+
+    return any(made(getattr(root.__dict__.get("forward"), "__func__", None)) for root, _ in _roots(model))
+
+
+def _graph_reports(model: nn.Module) -> tuple[GraphReport, ...]:
+    from fastmamba.hf.graphs import made, session_of
+
+    reports = []
+    for root, _ in _roots(model):
+        if made(getattr(root.__dict__.get("forward"), "__func__", None)):
+            session = session_of(root)
+            reports.append(GraphReport(type(root).__name__) if session is None else session.report())
+    return tuple(reports)
+
+
+def _check_options(scope: object, backend: object, cuda_graphs: object) -> None:
+    options = (("scope", scope, SCOPES), ("backend", backend, BACKENDS), ("cuda_graphs", cuda_graphs, CUDA_GRAPHS))
+    for name, value, allowed in options:
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 

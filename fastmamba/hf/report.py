@@ -37,6 +37,27 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class GraphReport:
+    """What became of a model's one-token calls."""
+
+    model: str
+    """The class whose forward is recorded."""
+    recorded: int = 0
+    """Forwards recorded and held: one for each batch size, dtype and way to compute experts."""
+    bytes: int = 0
+    """Device memory that their graphs take."""
+    replays: int = 0
+    """Calls that were replayed."""
+    eager_calls: dict[str, int] = field(default_factory=dict)
+    """Calls that were not, by reason."""
+
+    def __str__(self) -> str:
+        held = f"{self.recorded} recorded, {self.bytes / 2**20:,.0f} MiB, {self.replays} replays"
+        calls = [f"{count}x eager: {reason}" for reason, count in self.eager_calls.items()]
+        return "; ".join([f"CUDA graphs of {self.model}: {held}", *calls])
+
+
+@dataclass(frozen=True)
 class Report:
     """The mixer layers of a model. `print` it for a table."""
 
@@ -44,6 +65,8 @@ class Report:
     """The model's class."""
     layers: tuple[LayerReport, ...] = ()
     note: str = ""
+    graphs: tuple[GraphReport, ...] = ()
+    """What became of one-token calls, for each model in it that takes them from CUDA graphs."""
 
     @property
     def patched(self) -> int:
@@ -59,6 +82,7 @@ class Report:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         if self.layers:
             lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        lines += map(str, self.graphs)
         return "\n".join(line.rstrip() for line in lines)
 
 

@@ -1,0 +1,442 @@
+"""One-token calls of a whole model from CUDA graphs, recorded on first use and replayed from then on.
+
+`patch` binds a forward on the model itself. A call of one token that continues a cache replays a `Tape`; every other
+call runs the model's own forward. Whatever a tape depends on is looked at again at each call: the batch size, where the
+cache's states are, where the weights are, modules that were exchanged, hooks.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import types
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from operator import getitem, is_
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import create_causal_mask
+
+from fastmamba.hf import recording
+from fastmamba.hf.compat import cache_layer
+from fastmamba.hf.families import Family, match
+from fastmamba.hf.report import GraphReport
+from fastmamba.hf.tape import CudaCapture, NotRecordable, Tape
+
+MOST_TAPES = 16
+"""Recorded forwards a model keeps; the one not used for longest goes first."""
+MOST_BYTES = 4 << 30
+"""Memory that a model's graphs may take."""
+
+# Arguments of a model's forward that leave a one-token call what it is, and the values for which they do.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "inputs_embeds": (None,),
+    "labels": (None,),
+    "return_dict": (None, True),
+    "output_hidden_states": (None, False),
+    "output_attentions": (None, False),
+    "output_router_logits": (None, False),
+    "token_type_ids": (None,),
+}
+_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
+_BUSY = "another model is being recorded"
+_address = torch.Tensor.data_ptr
+
+
+class _Structure:
+    """What a tape has baked in of a model: where its weights are, which modules it calls, that none has a hook."""
+
+    def __init__(self, root: nn.Module) -> None:
+        weights = []
+        children = []
+        self._hooks: list[Any] = []
+        forwards = []
+        for module in root.modules():
+            for tensors in (module._parameters, module._buffers):
+                weights += [(tensors, name) for name, tensor in tensors.items() if tensor is not None]
+            children += [(module._modules, name, child) for name, child in module._modules.items()]
+            self._hooks += [module._forward_hooks, module._forward_pre_hooks]
+            forwards.append(module.__dict__)
+        self._owners, self._names = [owner for owner, _ in weights], [name for _, name in weights]
+        self._addresses = self._where()
+        self._parents, self._keys, self._children = (list(column) for column in zip(*children, strict=True))
+        self._dicts, self._forwards = forwards, [attributes.get("forward") for attributes in forwards]
+        self._lengths = list(map(len, self._hooks)) if any(self._hooks) else None
+
+    def _where(self) -> list[int]:
+        return list(map(_address, map(getitem, self._owners, self._names)))
+
+    def holds(self) -> bool:
+        """Whether all is as it was. This runs at every call: loops in C alone."""
+        try:
+            return (
+                self._where() == self._addresses
+                and all(map(is_, map(getitem, self._parents, self._keys), self._children))
+                and (not any(self._hooks) if self._lengths is None else list(map(len, self._hooks)) == self._lengths)
+                and [attributes.get("forward") for attributes in self._dicts] == self._forwards
+            )
+        except (KeyError, RuntimeError):  # something is gone, or on the meta device
+            return False
+
+
+class _Bound:
+    """The cache that a tape is set to."""
+
+    def __init__(self, cache: Any, tensors: list[Tensor]) -> None:
+        self.cache = ref(cache)
+        self.ids, self.addresses = list(map(id, tensors)), list(map(_address, tensors))
+
+    def holds(self, cache: Any, tensors: list[Tensor]) -> bool:
+        return (
+            self.cache() is cache
+            and list(map(_address, tensors)) == self.addresses
+            and list(map(id, tensors)) == self.ids
+        )
+
+
+class Session:
+    """The tapes of one model."""
+
+    capture: Callable[[torch.device], Any] = CudaCapture
+    """How to capture; tests put in a stand-in that needs no GPU."""
+    device_type = "cuda"
+
+    def __init__(self, root: nn.Module, family: Family) -> None:
+        self._root, self._family = ref(root), family
+        self._lock = threading.Lock()
+        self._structure: _Structure | None = None
+        self._fault = ""  # why this structure cannot be recorded
+        self._tapes: OrderedDict[Any, tuple[Tape, Tensor, Any]] = OrderedDict()
+        self._bound: dict[Any, _Bound] = {}
+        self._refused: dict[Any, str] = {}
+        self._capture: Any = None
+        self._stream: Any = None
+        self.replays = 0
+        self.eager: Counter[str] = Counter()
+        self._name = type(root).__name__
+        self._attention: list[nn.Module] = []
+        self._mixers: list[Any] = []
+        self._indices: list[int] = []
+
+    def report(self) -> GraphReport:
+        size = sum(tape.bytes for tape, _, _ in self._tapes.values())
+        return GraphReport(self._name, len(self._tapes), size, self.replays, dict(self.eager))
+
+    def clear(self) -> None:
+        """Let go of the tapes and their memory."""
+        self._tapes.clear()
+        self._bound.clear()
+        self._refused.clear()
+        self._structure = self._capture = None
+
+    def step(self, ids: Tensor, cache: Any, arguments: dict[str, Any]) -> Any:
+        """Run a one-token call from a tape. Returns None where the model's own forward has to serve."""
+        if not self._lock.acquire(blocking=False):
+            self.eager["another thread is in a call"] += 1
+            return None
+        try:
+            found = self._step(ids, cache, arguments)
+        finally:
+            self._lock.release()
+        if isinstance(found, str):
+            if found:
+                self.eager[found] += 1
+            return None
+        return found
+
+    def _step(self, ids: Tensor, cache: Any, arguments: dict[str, Any]) -> Any:
+        root: Any = self._root()
+        reason = self._why_not_now(root, ids, arguments)
+        if reason:
+            return reason
+        if self._structure is None or not self._structure.holds():
+            self.clear()
+            self._structure, self._fault = _Structure(root), self._survey(root)
+        if self._fault:
+            return self._fault
+
+        layers = cache.layers
+        if len(layers) <= self._indices[-1]:
+            return ""  # nothing in it yet
+        layers = [layers[index] for index in self._indices]
+        try:
+            if not all([layer.has_previous_state[0] for layer in layers]):
+                return ""  # the first token of a sequence
+            if any([layer.record_past for layer in layers]):
+                return "the cache records its past"
+            convs = [layer.conv_states[0] for layer in layers]
+            ssms = [layer.recurrent_states[0] for layer in layers]
+        except (AttributeError, KeyError, TypeError):
+            return "unknown kind of cache"
+        batch, ssm, conv = ids.shape[0], ssms[0], convs[0]
+        experts = getattr(root.config, "_experts_implementation", None)
+        experts = tuple(experts.items()) if isinstance(experts, dict) else experts
+        key = (batch, ssm.dtype, conv.dtype, ssm.shape, ssm.stride(), conv.stride(), experts)
+        if key in self._refused:
+            return self._refused[key]
+        recorded = self._tapes.get(key)
+        bound = self._bound.get(key)
+        tensors = convs + ssms
+        if recorded is None or bound is None or not bound.holds(cache, tensors):
+            fault = self._look_at(cache, convs, ssms, ids)
+            if fault:
+                return fault
+            states = list(zip(convs, ssms, strict=True))
+            if recorded is None:
+                fault = self._record(root, key, ids, cache, states)
+                if fault:
+                    if fault != _BUSY:
+                        self._refused[key] = fault
+                    return fault
+                recorded = self._tapes[key]
+            self._wait()
+            recorded[0].bind(states)
+            self._bound[key] = _Bound(cache, tensors)
+        fresh = self._fresh(root, ids, cache, arguments)
+        if isinstance(fresh, str):
+            return fresh
+        self._tapes.move_to_end(key)
+        self._wait()
+        tape, static_ids, output = recorded
+        static_ids.copy_(ids)
+        tape.run(fresh)
+        self.replays += 1
+        return type(output)(
+            **{name: value.clone() if isinstance(value, Tensor) else cache for name, value in output.items()}
+        )
+
+    def _wait(self) -> None:
+        """A tape's buffers are those of its last run: on another stream, that has to be over first."""
+        if self.device_type == "cuda":
+            stream = torch.cuda.current_stream()
+            if self._stream is not None and stream != self._stream:
+                stream.wait_stream(self._stream)
+            self._stream = stream
+
+    def _why_not_now(self, root: Any, ids: Tensor, arguments: dict[str, Any]) -> str:
+        """What of a call's circumstances, rather than of the model, rules a tape out."""
+        if ids.device.type != self.device_type:
+            return f"input_ids on {ids.device.type}"
+        if root.training:
+            return "training mode"
+        if torch.is_grad_enabled():
+            return "gradients are enabled"
+        if torch.is_autocast_enabled(self.device_type):
+            return "autocast"
+        if self.device_type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return "the caller captures a CUDA graph"
+        if nn.modules.module._has_any_global_hook():
+            return "global module hooks"
+        for name, value in arguments.items():
+            if name in _NEUTRAL:
+                if not any(value is neutral for neutral in _NEUTRAL[name]):
+                    return f"argument {name}"
+            elif name == "logits_to_keep":
+                if type(value) is not int:
+                    return "argument logits_to_keep"
+            elif name == "use_cache":
+                if not (root.config.use_cache if value is None else value):
+                    return "argument use_cache"
+            elif name not in ("attention_mask", "position_ids"):
+                return f"argument {name}"
+        config = root.config
+        if not getattr(config, "return_dict", True) and arguments.get("return_dict") is None:
+            return "config.return_dict"
+        for name in _OUTPUTS:
+            if getattr(config, name, False) and arguments.get(name) is None:
+                return f"config.{name}"
+        return ""
+
+    def _survey(self, root: Any) -> str:
+        """Find what a tape needs of the model; returns why there can be none, or the empty string."""
+        self._attention, self._mixers = [], []
+        devices = {parameter.device for parameter in root.parameters()}
+        if len(devices) != 1:
+            return f"the weights are on several devices ({', '.join(sorted(map(str, devices)))})"
+        device = devices.pop()
+        if device.type != self.device_type:
+            return f"the weights are on {device.type}"
+        for name, module in root.named_modules():
+            if "_hf_hook" in module.__dict__:
+                return f"accelerate's hooks ({name or type(module).__name__})"
+            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+                if getattr(hook, "__module__", "") != "transformers.utils.output_capturing":
+                    return f"a hook on {name or type(module).__name__}"
+            if not type(module).__module__.startswith(("torch.nn.", "transformers.")):
+                return f"{name} is a {type(module).__module__}.{type(module).__name__}"
+            if match(module) is not None:
+                fault = _not_fast(module, self.device_type)
+                if fault:
+                    return f"{name}: {fault}"
+                self._mixers.append(module)
+            elif type(module).__name__ in self._family.attention:
+                self._attention.append(module)
+        self._indices = [mixer.layer_idx for mixer in self._mixers]
+        return "" if self._mixers else "the model has no Mamba-2 layer"
+
+    def _look_at(self, cache: Any, convs: list[Tensor], ssms: list[Tensor], ids: Tensor) -> str:
+        """Check the states of a cache that a tape has not seen."""
+        for index in self._indices:
+            if cache_layer(cache, index) is None:
+                return "unknown kind of cache"
+        for tensors in (convs, ssms):
+            kinds = {(tensor.device, tensor.dtype) for tensor in tensors}
+            if kinds != {(ids.device, tensors[0].dtype)}:
+                return "the cache's states differ in device or dtype"
+            if any(tensor.shape[0] != ids.shape[0] for tensor in tensors):
+                return "the cache's states are of another batch size"
+            if any(tensor.data_ptr() % 16 for tensor in tensors) or not all(t.is_contiguous() for t in tensors):
+                return "the cache's states are not contiguous, or not aligned"
+        return ""
+
+    def _record(self, root: Any, key: Any, ids: Tensor, cache: Any, states: list[tuple[Tensor, Tensor]]) -> str:
+        """Make a tape. Returns why it could not be made, or the empty string."""
+        if not recording.lock.acquire(blocking=False):
+            return _BUSY
+        try:
+            if self._capture is None:
+                self._capture = type(self).capture(ids.device)
+            with torch.inference_mode(False), torch.no_grad():
+                static_ids = torch.zeros_like(ids)
+                static_ids.copy_(ids)
+                tape = Tape(self._capture, self._mixers, states)
+                arguments: dict[str, Any] = {
+                    "input_ids": static_ids,
+                    self._family.cache: cache,
+                    "use_cache": True,
+                    "return_dict": True,
+                    "attention_mask": _NoMasks() if self._attention else None,
+                }
+                if self._attention:
+                    arguments["position_ids"] = torch.zeros_like(ids)
+                output = tape.record(lambda: type(root).forward(root, **arguments), self._attention)
+                for name, value in output.items():
+                    if value is not cache and not isinstance(value, Tensor):
+                        return f"output {name} is a {type(value).__name__}"
+        except NotRecordable as error:
+            return str(error)
+        except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
+            return f"recording failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        finally:
+            recording.lock.release()
+        self._tapes[key] = (tape, static_ids, _without(output, cache))
+        while len(self._tapes) > MOST_TAPES:
+            old, _ = self._tapes.popitem(last=False)
+            self._bound.pop(old, None)
+        if sum(tape.bytes for tape, _, _ in self._tapes.values()) > MOST_BYTES:
+            self._tapes.clear()
+            self._bound.clear()
+            self._capture = None
+            return f"graphs would take more than {MOST_BYTES >> 30} GiB"
+        return ""
+
+    def _fresh(self, root: Any, ids: Tensor, cache: Any, arguments: dict[str, Any]) -> Any:
+        """What eager calls need for this token: made as the model's own forward makes it. Or why it cannot be."""
+        if not self._attention:
+            return {}
+        base = root.base_model
+        mask = arguments.get("attention_mask")
+        like = torch.empty(*ids.shape, 0, dtype=root.dtype, device=ids.device)
+        if isinstance(mask, dict):
+            if mask.get("linear_attention") is not None:
+                return "one-token step with a mask"
+            mask = mask.get("full_attention")
+        else:
+            mask = create_causal_mask(
+                config=base.config, inputs_embeds=like, attention_mask=mask, past_key_values=cache
+            )
+        position_ids = arguments.get("position_ids")
+        embeddings = None
+        rotary = getattr(base, "rotary_emb", None)
+        if rotary is not None:
+            if position_ids is None:
+                return "no position_ids"
+            embeddings = rotary(like, position_ids)
+        return {
+            "attention_mask": mask,
+            "past_key_values": cache,
+            "position_embeddings": embeddings,
+            "position_ids": position_ids,
+        }
+
+
+class _NoMasks(dict):
+    """The masks of a recording, whatever kinds of layer a model asks for: none. Real ones come with each token."""
+
+    def __missing__(self, key: Any) -> None:
+        return None
+
+    def get(self, key: Any, default: Any = None) -> None:
+        return None
+
+
+def _without(output: Any, cache: Any) -> Any:
+    """An output that does not keep the cache of the recording alive."""
+    return type(output)(**{name: True if value is cache else value for name, value in output.items()})
+
+
+def _not_fast(mixer: Any, device_type: str) -> str:
+    """Why a mixer's forward cannot be recorded."""
+    from fastmamba.hf.patch import binding_of
+
+    binding = binding_of(mixer)
+    if binding is None:
+        return "not patched"
+    if binding.scope == "ssd":
+        return "scope='ssd'"
+    if device_type == "cuda" and binding.backend == "torch":
+        return "backend='torch'"
+    return ""
+
+
+# Forwards that `make_forward` made, to know them by.
+_forwards: WeakKeyDictionary[Any, Family] = WeakKeyDictionary()
+
+
+def made(function: object) -> bool:
+    """Whether a function is a forward that `make_forward` made."""
+    return isinstance(function, types.FunctionType) and function in _forwards
+
+
+# Beside the models and not on them: neither a pickle nor a deepcopy of a model carries tapes.
+_sessions: WeakKeyDictionary[nn.Module, Session] = WeakKeyDictionary()
+
+
+def session_of(root: nn.Module) -> Session | None:
+    """The session of a model whose forward was made by `make_forward`; None before its first one-token call."""
+    return _sessions.get(root)
+
+
+def forget(root: nn.Module) -> None:
+    """Drop a model's tapes."""
+    session = _sessions.pop(root, None)
+    if session is not None:
+        session.clear()
+
+
+def make_forward(root_class: type, family: Family) -> Callable[..., Any]:
+    """A forward for models of a class that takes one-token calls from tapes and hands on every other."""
+    own: Any = root_class.forward
+    cache_name = family.cache
+
+    @functools.wraps(own)  # generate() reads the signature
+    def forward(self: Any, input_ids: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or args or type(input_ids) is not Tensor or input_ids.shape[-1] != 1:
+            return own(self, input_ids, *args, **kwargs)
+        cache = kwargs.get(cache_name)
+        if cache is None or input_ids.ndim != 2 or not hasattr(cache, "layers"):
+            return own(self, input_ids, **kwargs)
+        session = _sessions.get(self)
+        if session is None:
+            session = _sessions[self] = Session(self, family)
+        arguments = {name: value for name, value in kwargs.items() if name != cache_name}
+        output = session.step(input_ids, cache, arguments)
+        return own(self, input_ids, **kwargs) if output is None else output
+
+    # The name is how a bound method is pickled: as getattr(model, "forward"), the class's own forward when loaded.
+    forward.__name__ = forward.__qualname__ = "forward"
+    _forwards[forward] = family
+    return forward
