@@ -7,9 +7,7 @@ timed here, so the choice is left to the run that measures.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
-import pkgutil
 import sys
 from pathlib import Path
 
@@ -17,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # evals is not installed
 
-from evals.ssd_contenders import peers  # noqa: E402
+from evals.ssd_contenders import autotuners, peers  # noqa: E402
 from evals.ssd_grid import Shape  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -26,7 +24,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def main() -> None:
     dtype, workers, mine, sizes = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
     found = peers()
-    share(workers, mine)
+    for tuner in autotuners():  # leave each one every `workers`-th candidate, and let it run each once
+        tuner.configs = tuner.configs[mine::workers] or tuner.configs[:1]
+        tuner.cache_results = False
+        tuner.do_bench = once
     device = torch.device("cuda", torch.cuda.current_device())
     for heads, head_dim, groups, state in sizes:
         for tokens in (1024, 16384):  # a chunk count that 16 divides is another specialisation
@@ -35,23 +36,6 @@ def main() -> None:
                 with contextlib.suppress(Exception), torch.no_grad():  # a candidate may not fit the chip
                     peer.call(case)
     torch.cuda.synchronize()
-
-
-def share(workers: int, mine: int) -> None:
-    """Leave every autotuner of mamba_ssm each `workers`-th candidate, and let it run each one once."""
-    from triton.runtime.autotuner import Autotuner
-
-    package = importlib.import_module("mamba_ssm.ops.triton")
-    for module in pkgutil.iter_modules(package.__path__, "mamba_ssm.ops.triton."):
-        if module.name not in sys.modules:
-            continue
-        for value in vars(sys.modules[module.name]).values():
-            while value is not None and not isinstance(value, Autotuner):
-                value = getattr(value, "fn", None)
-            if isinstance(value, Autotuner):
-                value.configs = value.configs[mine::workers] or value.configs[:1]
-                value.cache_results = False
-                value.do_bench = once
 
 
 def once(call, quantiles):

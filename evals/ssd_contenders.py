@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -38,7 +39,7 @@ def contenders(device: torch.device, precisions: tuple[str, ...] = ("exact",)) -
     found = [
         _ours(variant, precision, len(precisions) > 1)
         for precision in precisions
-        for variant in reversed(configs.ssd_variants(device))
+        for variant in configs.ssd_variants(device)
     ]
     return found + peers()
 
@@ -64,6 +65,20 @@ def _module(name: str) -> ModuleType | None:
         return importlib.import_module(name)
     except ImportError:
         return None
+
+
+def autotuners() -> list[Any]:
+    """Those of mamba_ssm's kernels that have been imported."""
+    from triton.runtime.autotuner import Autotuner
+
+    found = []
+    for name, module in list(sys.modules.items()):
+        for value in list(vars(module).values()) if name.startswith("mamba_ssm.ops.triton.") else ():
+            while value is not None and not isinstance(value, Autotuner):
+                value = getattr(value, "fn", None)  # other decorators wrap one
+            if value is not None and value not in found:
+                found.append(value)
+    return found
 
 
 def peers() -> list[Contender]:
