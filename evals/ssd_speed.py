@@ -52,6 +52,9 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="the same as --grid quick")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--precision", default="exact", help="exact, relaxed or both, comma separated")
+    parser.add_argument(
+        "--only", help="some contenders, by name, comma separated: hopper, portable, mamba_ssm, article"
+    )
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no further shape after this long")
@@ -75,6 +78,11 @@ def measure(options: argparse.Namespace) -> int:
     dtype = DTYPES[options.dtype]
     shapes: list[Shape] = GRIDS["quick" if options.quick else options.grid]
     rivals = contenders(device, tuple(options.precision.split(",")))
+    if options.only:
+        names = options.only.split(",")
+        if unknown := [name for name in names if name not in {rival.name for rival in rivals}]:
+            raise SystemExit(f"there is no {', '.join(unknown)} here, but {', '.join(rival.name for rival in rivals)}")
+        rivals = [rival for rival in rivals if rival.name in names]
     compile_beforehand(options.workers, shapes, options.dtype)
     timer = Timer(device, options.repeats)
     record: dict[str, Any] = {
