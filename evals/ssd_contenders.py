@@ -108,7 +108,7 @@ def peers() -> list[Contender]:
 
 
 def _for_the_article(case: SsdCase) -> tuple[SsdCase | None, str]:
-    """The fused kernel of "Accelerating Mamba2 with Kernel Fusion" keeps C.B in float16, beside operands of x's dtype."""
+    """The fused kernel of "Accelerating Mamba2 with Kernel Fusion" keeps C.B in float16, beside operands of x."""
     if case.x.dtype != torch.float16:
         return None, "does not compile for other dtypes than float16"
     return _within_32_bits(case)
