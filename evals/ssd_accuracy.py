@@ -6,7 +6,7 @@ A line is what an implementation does with the numbers: states between chunks in
 exact or relaxed. It has the share of elements of y that match mamba_ssm's (chunk 256, the same state dtype) at
 atol = rtol = 0, 1e-3 and 1e-2, and what both err against float64. "chunk 64" is mamba_ssm itself at another chunk size:
 how well two correct implementations that sum in another order match. mamba_ssm's kernels run untuned here, each in the
-first of its configurations.
+cheapest of its configurations.
 
 Two kinds of inputs: "init" as Mamba-2 is initialised, centred on zero, and "article" with the means and deviations of
 the article's own benchmark, whose outputs are large sums of one sign.
@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,7 +62,7 @@ def main() -> int:
         parser.error("needs mamba_ssm, which it compares with")
 
     for tuner in autotuners():
-        tuner.configs = tuner.configs[:1]
+        tuner.configs = [min(tuner.configs, key=shared_memory)]
     device = torch.device("cuda", torch.cuda.current_device())
     shape = Shape("Mamba2-2.7B", 1, options.tokens, options.heads)
     record: dict[str, Any] = {"environment": environment.record(device), "shape": vars(shape), "tables": []}
@@ -78,6 +79,11 @@ def main() -> int:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(record, indent=1))
     return 0
+
+
+def shared_memory(config: Any) -> int:
+    """Roughly what a configuration of mamba_ssm's needs: the product of its block sizes, times its stages."""
+    return math.prod(config.kwargs.values()) * config.num_stages
 
 
 def article_inputs(case: SsdCase, seed: int) -> SsdCase:

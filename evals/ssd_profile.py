@@ -43,23 +43,35 @@ METRICS = (
     ("SM throughput", "%", "sm__throughput.avg.pct_of_peak_sustained_elapsed"),
     ("memory throughput", "%", "gpu__compute_memory_throughput.avg.pct_of_peak_sustained_elapsed"),
     ("L1 and shared memory throughput", "%", "l1tex__throughput.avg.pct_of_peak_sustained_active"),
+    ("shared memory wavefronts", "%", "l1tex__data_pipe_lsu_wavefronts_mem_shared.sum.pct_of_peak_sustained_elapsed"),
     ("L2 throughput", "%", "lts__throughput.avg.pct_of_peak_sustained_elapsed"),
     ("DRAM throughput", "%", "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed"),
-    ("tensor pipe active", "%", "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active"),
-    ("issue slots busy", "%", "sm__inst_issued.avg.pct_of_peak_sustained_active"),
+    ("tensor pipe active", "%", "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active"),
+    ("issue slots busy", "%", "smsp__issue_active.avg.pct_of_peak_sustained_active"),
     ("warps active of the most possible", "%", "sm__warps_active.avg.pct_of_peak_sustained_active"),
     ("warps that launch limits allow", "%", "sm__maximum_warps_per_active_cycle_pct"),
     ("L2 hit rate", "%", "lts__t_sector_hit_rate.pct"),
     ("DRAM read", "byte", "dram__bytes_read.sum"),
     ("DRAM written", "byte", "dram__bytes_write.sum"),
-    ("L2 traffic from the SMs", "byte", "lts__t_bytes.sum"),
+    ("L2 traffic with the SMs", "byte", "lts__t_sectors_srcunit_tex.sum"),
     ("blocks", "", "launch__grid_size"),
     ("threads a block", "", "launch__block_size"),
     ("registers a thread", "", "launch__registers_per_thread"),
+    ("loads of spilt registers, by warps", "", "smsp__sass_inst_executed_op_local_ld.sum"),
     ("shared memory a block", "byte", "launch__shared_mem_per_block"),
 )
 STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+?)_per_issue_active(\.ratio)?$")
-SCALES = {"Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "ns": 1e-3, "nsecond": 1e-3, "ms": 1e3, "msecond": 1e3, "s": 1e6}
+SCALES = {
+    "sector": 32.0,
+    "Kbyte": 1e3,
+    "Mbyte": 1e6,
+    "Gbyte": 1e9,
+    "ns": 1e-3,
+    "nsecond": 1e-3,
+    "ms": 1e3,
+    "msecond": 1e3,
+    "s": 1e6,
+}
 
 
 def main() -> int:
@@ -140,7 +152,7 @@ def table(kernels: list[dict[str, Any]], title: str, least: int) -> Table:
     out = Table(title=title, title_justify="left")
     out.add_column("")
     for kernel in kernels:
-        out.add_column(kernel["kernel"].partition("(")[0], justify="right")
+        out.add_column(re.split(r"[<(]", kernel["kernel"])[0].rpartition("::")[2], justify="right")
     for name, unit, _ in METRICS:
         if any(kernel["metrics"].get(name) is not None for kernel in kernels):
             out.add_row(name, *(_shown(kernel["metrics"].get(name), unit) for kernel in kernels))

@@ -30,13 +30,10 @@ class Worker:
         self.first = first
         self._process: subprocess.Popen[str] | None = None
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._ready = False
 
-    def ask(self, request: dict[str, Any], timeout: float) -> dict[str, Any]:
-        """Send a request and wait; {"failure": why} if the process ends or takes longer than `timeout` seconds."""
-        self.send(request)
-        return self.answer(timeout)
-
-    def send(self, request: dict[str, Any]) -> None:
+    def start(self) -> None:
+        """Start the process, if it is not there, without waiting for it."""
         if self._process is None:
             self._lines = queue.SimpleQueue()
             self._process = subprocess.Popen(
@@ -44,10 +41,26 @@ class Worker:
             )
             threading.Thread(target=_read, args=(self._process, self._lines), daemon=True).start()
             self._write(self.first)
-            ready = self.answer(120.0)
-            if "failure" in ready:
-                raise RuntimeError(f"the measuring process does not start: {ready['failure']}")
+            self._ready = False
+
+    def ask(self, request: dict[str, Any], timeout: float) -> dict[str, Any]:
+        """Send a request and wait; {"failure": why} if the process ends or takes longer than `timeout` seconds."""
+        self.send(request)
+        return self.answer(timeout)
+
+    def send(self, request: dict[str, Any]) -> None:
+        """Send a request, to a process that has been started if necessary."""
+        self.start()
+        self.wait()
         self._write(request)
+
+    def wait(self) -> None:
+        """Wait until a started process is ready."""
+        if not self._ready:
+            first = self.answer(120.0)
+            if "failure" in first:
+                raise RuntimeError(f"the measuring process does not start: {first['failure']}")
+            self._ready = True
 
     def _write(self, request: dict[str, Any]) -> None:
         assert self._process is not None and self._process.stdin is not None
@@ -104,10 +117,19 @@ class Measurer:
         self.about = about
         self.timeout = timeout
 
+    def start(self) -> None:
+        """Start the workers, all at once, and wait until they are ready."""
+        for worker in self.workers:
+            worker.start()
+        for worker in self.workers:
+            worker.wait()
+
     def __call__(self, configs: list[Config]) -> Iterator[Result]:
         for first in range(0, len(configs), len(self.workers)):
             some = configs[first : first + len(self.workers)]
             pairs = list(zip(self.workers, some, strict=False))
+            for worker, _ in pairs:
+                worker.start()  # those that have died
             for worker, config in pairs:
                 worker.send({"check": config})
             deadline = time.monotonic() + self.timeout
