@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from fastmamba.ops import mixer_step
+from fastmamba.ops import layer_step, mixer_step, resolve_backend
+from fastmamba.ops.layer_step import MOST_ROWS
 
 if TYPE_CHECKING:
     from fastmamba.mixer import MixerPlan, MixerState, MixerView
@@ -17,6 +19,80 @@ def can_step(hidden_states: Tensor, state: MixerState | None) -> bool:
     if state is None or hidden_states.shape[1] != 1:
         return False
     return state.ssm is not None and state.conv is not None and not state.record_past
+
+
+def layer_is_plain(mixer: MixerView, plan: MixerPlan, batch: int, plain_norm: bool) -> bool:
+    """Whether `ops.layer_step` can take the place of both projections and all between them.
+
+    It reads the projections' weights, so these have to be linear layers and nothing else: no adapter, no quantised
+    weight, no hook of the user's or of accelerate's.
+    """
+    if batch > MOST_ROWS or plan.in_scale is not None or plan.projection_scale is not None:
+        return False
+    weight = mixer.in_proj.weight
+    if plan.gated and not (
+        plain_norm and not plan.norm_before_gate and plan.norm_group_size in (None, mixer.intermediate_size)
+    ):
+        return False
+    if not _linear(mixer.in_proj) or not _linear(mixer.out_proj) or mixer.out_proj.weight.dtype != weight.dtype:
+        return False
+    device = weight.device
+    return resolve_backend(plan.backend, device) == "triton" and not torch.is_autocast_enabled(device.type)
+
+
+def _linear(module: Any) -> bool:
+    if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
+        return False
+    return not {"_hf_hook", "forward"} & module.__dict__.keys() and module.weight.stride(1) == 1
+
+
+def layer_forward(
+    mixer: MixerView,
+    plan: MixerPlan,
+    x: Tensor,
+    state: Any,
+    norm: Any = None,
+    residual_scale: float | None = None,
+) -> Tensor:
+    """Run a mixer, or with `norm` and `residual_scale` the norm and the residual add around it, on one token.
+
+    Args:
+        mixer: the module, one of which `layer_is_plain` holds.
+        plan: what is fixed for it.
+        x: (B, 1, hidden size).
+        state: the layer's cache, with both states, changed in place. Where it has `addresses`, see `ops.mixer_step`.
+        norm: an RMSNorm with `weight` and `variance_epsilon`, applied to x; None for none.
+        residual_scale: as in `ops.layer_step`.
+
+    Returns:
+        (B, 1, hidden size).
+    """
+    addresses = getattr(state, "addresses", None)
+    conv1d, gate, in_proj, out_proj = mixer.conv1d, mixer.norm, mixer.in_proj, mixer.out_proj
+    return layer_step(
+        x[:, 0],
+        state.conv,
+        state.ssm,
+        in_proj.weight,
+        in_proj.bias,
+        conv1d.weight.squeeze(1),
+        conv1d.bias,
+        mixer.A_log,
+        mixer.D,
+        mixer.dt_bias,
+        out_proj.weight,
+        out_proj.bias,
+        groups=mixer.n_groups,
+        norm_weight=None if norm is None else norm.weight,
+        norm_eps=0.0 if norm is None else norm.variance_epsilon,
+        gate_weight=gate.weight if plan.gated else None,
+        gate_eps=gate.variance_epsilon if plan.gated else 0.0,
+        residual_scale=residual_scale,
+        activation=mixer.activation,
+        addresses=addresses,
+        overlap=addresses is not None,  # in a recording, where it is known what comes before
+        backend=plan.backend,
+    )[:, None]
 
 
 def step_forward(mixer: MixerView, plan: MixerPlan, hidden_states: Tensor, state: Any, plain_norm: bool) -> Tensor:
@@ -33,6 +109,8 @@ def step_forward(mixer: MixerView, plan: MixerPlan, hidden_states: Tensor, state
         (B, 1, hidden size), what out_proj makes of it.
     """
     dtype = hidden_states.dtype
+    if layer_is_plain(mixer, plan, hidden_states.shape[0], plain_norm):
+        return layer_forward(mixer, plan, hidden_states, state)
     if plan.in_scale is not None:
         hidden_states = hidden_states * getattr(mixer, plan.in_scale)
     projected = mixer.in_proj(hidden_states)  # [B, 1, 2*D + 2*G*N + H]

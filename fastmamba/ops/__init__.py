@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastmamba.ops._dispatch import BACKENDS, resolve_backend
 from fastmamba.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from fastmamba.ops.gated_rms_norm import gated_rms_norm
+from fastmamba.ops.layer_step import layer_step
 from fastmamba.ops.mixer_step import mixer_step
 from fastmamba.ops.ssd import ssd
 from fastmamba.ops.ssd_step import ssd_step
@@ -14,6 +15,7 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
     "gated_rms_norm",
+    "layer_step",
     "mixer_step",
     "resolve_backend",
     "ssd",

@@ -7,9 +7,19 @@ from __future__ import annotations
 
 from .causal_conv1d import causal_conv1d, causal_conv1d_update
 from .gated_rms_norm import gated_rms_norm
+from .layer_step import layer_step
 from .mixer_step import mixer_step
 from .recurrence import ssd_recurrence
 from .ssd import ssd
 from .ssd_step import ssd_step
 
-__all__ = ["causal_conv1d", "causal_conv1d_update", "gated_rms_norm", "mixer_step", "ssd", "ssd_recurrence", "ssd_step"]
+__all__ = [
+    "causal_conv1d",
+    "causal_conv1d_update",
+    "gated_rms_norm",
+    "layer_step",
+    "mixer_step",
+    "ssd",
+    "ssd_recurrence",
+    "ssd_step",
+]
