@@ -59,6 +59,12 @@ def check_kernel_dtype(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{name}: backend='triton' takes float16, bfloat16 and float32, got {tensor.dtype}")
 
 
+def check_dtype(name: str, dtype: object) -> None:
+    """Check a dtype argument: a floating one, or None."""
+    if dtype is not None and dtype not in _FLOAT_DTYPES:
+        raise ValueError(f"{name} must be a floating torch dtype or None, got {dtype!r}")
+
+
 def check_activation(activation: object) -> None:
     """Check a convolution's activation name."""
     if activation not in ACTIVATIONS:

@@ -30,6 +30,7 @@ def causal_conv1d(
     *,
     initial_states: Tensor | None = None,
     mask: Tensor | None = None,
+    final_states: Tensor | None = None,
     activation: str | None = "silu",
     backend: str = "auto",
 ) -> Tensor:
@@ -45,6 +46,8 @@ def causal_conv1d(
         bias: (C,).
         initial_states: (B, C, W - 1), the inputs before the first token, oldest first. Any strides.
         mask: (B, T), multiplies the output.
+        final_states: (B, C, S), any floating dtype and strides; it is overwritten with the last S inputs, oldest first,
+            zeros where there are fewer (those in `initial_states` count). It shares no memory with the other tensors.
         activation: "silu", its other name "swish", or None.
         backend: "auto", "triton" or "torch".
 
@@ -53,19 +56,21 @@ def causal_conv1d(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, or an empty input.
-        RuntimeError: backend="triton" where it cannot run.
+        RuntimeError: backend="triton" where it cannot run, or autograd would have to see `final_states` change.
     """
-    form = seen_form(_forms, (x, weight, bias, initial_states, mask), (activation,))
+    form = seen_form(_forms, (x, weight, bias, initial_states, mask, final_states), (activation,))
     if form is not True:
-        _check(x, weight, bias, initial_states, mask, activation)
+        _check(x, weight, bias, initial_states, mask, final_states, activation)
         remember_form(_forms, form)
     backend = resolve_backend(backend, x.device)
     if backend == "triton":
         check_kernel_dtype("x", x)
+    if final_states is not None and needs_grad(x, initial_states, final_states):
+        raise RuntimeError("causal_conv1d overwrites final_states, which autograd cannot record: leave it out")
     if needs_grad(x, weight, bias, initial_states, mask):
-        return reference_conv(x, weight, bias, initial_states, mask, activation)
+        return reference_conv(x, weight, bias, initial_states, mask, activation, final_states)
     run = torch.ops.fastmamba.causal_conv1d if torch.compiler.is_compiling() else _run
-    return run(x, weight, bias, initial_states, mask, activation, backend)
+    return run(x, weight, bias, initial_states, mask, final_states, activation, backend)
 
 
 def causal_conv1d_update(
@@ -113,7 +118,7 @@ def causal_conv1d_update(
 _forms: set[Any] = set()
 
 
-def _check(x: Any, weight: Any, bias: Any, initial_states: Any, mask: Any, activation: Any) -> None:
+def _check(x: Any, weight: Any, bias: Any, initial_states: Any, mask: Any, final_states: Any, activation: Any) -> None:
     check_input("x", x, 3, "(B, T, C)")
     batch, tokens, channels = x.shape
     device = x.device
@@ -126,6 +131,9 @@ def _check(x: Any, weight: Any, bias: Any, initial_states: Any, mask: Any, activ
         check_tensor("initial_states", initial_states, (batch, channels, width - 1), "(B, C, W - 1)", device)
     if mask is not None:
         check_tensor("mask", mask, (batch, tokens), "(B, T)", device, floating=False)
+    if final_states is not None:
+        check_input("final_states", final_states, 3, "(B, C, S)")
+        check_tensor("final_states", final_states, (batch, channels, final_states.shape[2]), "(B, C, S)", device)
     check_activation(activation)
 
 
@@ -159,12 +167,13 @@ def _run(
     bias: Tensor | None,
     initial_states: Tensor | None,
     mask: Tensor | None,
+    final_states: Tensor | None,
     activation: str | None,
     backend: str,
 ) -> Tensor:
     if backend == "triton":
-        return _kernels().causal_conv1d(x, weight, bias, initial_states, mask, activation)
-    return reference_conv(x, weight, bias, initial_states, mask, activation)
+        return _kernels().causal_conv1d(x, weight, bias, initial_states, mask, final_states, activation)
+    return reference_conv(x, weight, bias, initial_states, mask, activation, final_states)
 
 
 def _run_update(
@@ -180,8 +189,8 @@ def _fake(x: Tensor, *_: object) -> Tensor:
 
 
 register(
-    "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_states, Tensor? mask, str? activation, "
-    "str backend) -> Tensor",
+    "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_states, Tensor? mask, "
+    "Tensor(a!)? final_states, str? activation, str backend) -> Tensor",
     _run,
     _fake,
 )

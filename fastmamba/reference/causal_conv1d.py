@@ -21,6 +21,7 @@ def causal_conv1d(
     initial_states: torch.Tensor | None,
     mask: torch.Tensor | None,
     activation: str | None,
+    final_states: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``y_t = activation(bias + sum_k weight[:, k] x_{t-W+1+k}) * mask_t``. Differentiable.
 
@@ -31,6 +32,7 @@ def causal_conv1d(
         initial_states: (B, C, W-1), the inputs before x, oldest first, or None for zeros.
         mask: (B, T) factors of the output, or None.
         activation: "silu" (or "swish") or None.
+        final_states: (B, C, S), overwritten with the last S inputs, oldest first, or None.
 
     Returns:
         y (B, T, C), contiguous, in x.dtype. Sums are taken in float32 (float64 for float64 inputs).
@@ -51,6 +53,8 @@ def causal_conv1d(
             out = None if y is None else y[:, start:stop]
             block = _with_past(x, initial_states, start, stop, past).to(inner)
             outputs.append(_convolve(block, weight, bias, activation, out))
+    if final_states is not None:
+        _keep_last(x, initial_states, final_states)
     if y is None:
         y = torch.cat(outputs, dim=1).to(x.dtype).contiguous()
     if mask is None:
@@ -65,6 +69,18 @@ def _with_past(x: torch.Tensor, initial_states: torch.Tensor | None, start: int,
     if initial_states is None:
         return F.pad(x[:, :stop], (0, 0, past - start, 0))
     return torch.cat([initial_states[:, :, start:].transpose(1, 2).to(x.dtype), x[:, :stop]], dim=1)
+
+
+def _keep_last(x: torch.Tensor, initial_states: torch.Tensor | None, final_states: torch.Tensor) -> None:
+    """Fill final_states (B, C, S) with the last S of the inputs that initial_states and x hold."""
+    slots, length = final_states.shape[2], x.shape[1]
+    final_states[:, :, max(slots - length, 0) :] = x[:, -slots:].transpose(1, 2)
+    missing = slots - length
+    if missing > 0:
+        final_states[:, :, :missing] = 0
+        past = 0 if initial_states is None else min(missing, initial_states.shape[2])
+        if initial_states is not None and past:
+            final_states[:, :, missing - past : missing] = initial_states[:, :, -past:]
 
 
 def _convolve(

@@ -24,7 +24,7 @@ def by_definition(x: Tensor, weight: Tensor, bias: Tensor | None, init: Tensor |
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [1, 2, 3, 4])
-@pytest.mark.parametrize("tokens", [1, 3, 70])
+@pytest.mark.parametrize("tokens", [1, 3, 20])
 def test_against_the_definition(
     dtype: torch.dtype, width: int, tokens: int, backend: str, device: torch.device
 ) -> None:
@@ -41,6 +41,35 @@ def test_against_the_definition(
         d = [None if t is None else t.double() for t in (x, weight, use_bias, init, use_mask)]
         assert y.dtype == dtype and y.is_contiguous()
         assert_golden(y, by_definition(x, weight, use_bias, init, use_mask), by_definition(*d))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "slots"), [(1, 4), (3, 4), (17, 4), (17, 3), (2, 7)])
+@pytest.mark.parametrize("continuing", [False, True])
+def test_final_states(
+    dtype: torch.dtype, tokens: int, slots: int, continuing: bool, backend: str, device: torch.device
+) -> None:
+    x = torch.randn(2, tokens, 40, device=device).to(dtype)
+    weight = torch.randn(40, 4, device=device).to(dtype)
+    init = torch.randn(2, 40, 3, device=device).to(dtype) if continuing else None
+    final = torch.full((2, slots, 40), torch.nan, device=device, dtype=dtype).transpose(1, 2)
+    y = causal_conv1d(x, weight, initial_states=init, final_states=final, backend=backend)
+    assert torch.equal(y, causal_conv1d(x, weight, initial_states=init, backend=backend))
+    before = x.new_zeros(2, slots, 40) if init is None else torch.cat([x.new_zeros(2, slots, 40), init.mT], 1)
+    assert torch.equal(final, torch.cat([before, x], 1)[:, -slots:].mT)
+
+
+@pytest.mark.parametrize("width", [4, 6])
+@pytest.mark.parametrize("channels", [256, 300])
+def test_tiles(width: int, channels: int, backend: str, device: torch.device) -> None:
+    """More tokens and channels than a program takes, rows that start at odd places, another layout of the weights."""
+    projected = torch.randn(2, 19, channels + 3, device=device)
+    x = projected[..., 3:]
+    weight = torch.randn(width, channels, device=device).mT
+    for given in (weight, weight.contiguous(), weight.bfloat16().contiguous(), weight.bfloat16()):
+        y = causal_conv1d(x, given, backend=backend)
+        plain, oracle = (by_definition(x.to(d), given.to(d), None, None, None) for d in (torch.float32, torch.float64))
+        assert_golden(y, plain, oracle)
 
 
 def test_without_activation(backend: str, device: torch.device) -> None:
@@ -71,7 +100,9 @@ def test_steps_equal_the_sequence(
 
 def test_the_registered_ops(backend: str, device: torch.device) -> None:
     x, weight = torch.randn(2, 9, 20, device=device), torch.randn(20, 4, device=device)
-    torch.library.opcheck(torch.ops.fastmamba.causal_conv1d.default, (x, weight, None, None, None, "silu", backend))
+    for final in (None, torch.empty(2, 20, 4, device=device)):
+        arguments = (x, weight, None, None, None, final, "silu", backend)
+        torch.library.opcheck(torch.ops.fastmamba.causal_conv1d.default, arguments)
     state = torch.randn(2, 20, 4, device=device)
     arguments = (x[:, 0], state, weight, None, "silu", backend)
     torch.library.opcheck(torch.ops.fastmamba.causal_conv1d_update.default, arguments)
