@@ -10,7 +10,7 @@ from torch import Tensor
 from fastmamba.kernels._launch import Launcher
 from fastmamba.kernels._silu import silu
 
-_CHANNELS = 256  # of one program, which is one warp: 16 bytes of bfloat16 a thread and token
+_CHANNELS = 256  # of one program, 8 a thread: 16 bytes of bfloat16
 
 
 @triton.jit
@@ -178,7 +178,7 @@ def causal_conv1d(
             unit,
             packed,
         ),
-        num_warps=1,
+        num_warps=_CHANNELS // 256,
     )
     return y
 
