@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
+from fastmamba.hf.binding import Binding, bind, binding_in, bindings, restore, slot_of, why_alone
+from fastmamba.hf.block import bind_blocks, block_backend, block_report, layer_of, unbind_blocks
 from fastmamba.hf.families import FAMILIES, Family, belongs, match, match_root
 from fastmamba.hf.report import GraphReport, LayerReport, Report, forget_calls, original_calls
 from fastmamba.ops import BACKENDS, resolve_backend
 
-SCOPES = ("mixer", "ssd")
-"""What patch() may make fast: the whole mixer, or the scan alone."""
+SCOPES = ("block", "mixer", "ssd")
+"""What patch() may make fast: the mixer and the layer around it, the mixer alone, or the scan alone."""
 
 CUDA_GRAPHS = ("auto", "off")
 """Whether one-token calls may come from CUDA graphs."""
@@ -26,21 +27,8 @@ CUDA_GRAPHS = ("auto", "off")
 _KERNEL_SIZE = 256
 """The largest P and N of the Triton kernels."""
 
-_OPS = {"mixer": ("causal_conv1d", "ssd", "ssd_step", "gated_rms_norm"), "ssd": ("ssd",)}
-
-
-@dataclass(frozen=True)
-class _Binding:
-    """What a bound forward was made with."""
-
-    scope: str
-    backend: str
-    stood: bool
-    """The module's __dict__ already held its class's own forward, as accelerate and unpickling leave it."""
-
-
-# Function -> binding. Not an attribute of the function, because accelerate copies those onto its own wrapper.
-_bindings: WeakKeyDictionary[types.FunctionType, _Binding] = WeakKeyDictionary()
+_MIXER_OPS = ("causal_conv1d", "ssd", "ssd_step", "gated_rms_norm")
+_OPS = {"block": (*_MIXER_OPS, "add_rms_norm"), "mixer": _MIXER_OPS, "ssd": ("ssd",)}
 
 
 @dataclass(frozen=True)
@@ -52,13 +40,13 @@ class _Layer:
     family: Family
     slot: str
     """The key of module.__dict__ that holds its forward."""
-    binding: _Binding | None
+    binding: Binding | None
     """Of the fast forward that is bound now."""
     reason: str
     """Why the layer has to be left alone, or the empty string."""
 
 
-def patch(model: nn.Module, *, scope: str = "mixer", backend: str = "auto", cuda_graphs: str = "auto") -> Report:
+def patch(model: nn.Module, *, scope: str = "block", backend: str = "auto", cuda_graphs: str = "auto") -> Report:
     """Make the Mamba-2 layers of a loaded transformers model fast, in place, on this instance alone.
 
     Each mixer gets a forward of its own. Class, state_dict, hooks and modules stay as they are; `unpatch` takes the
@@ -69,7 +57,9 @@ def patch(model: nn.Module, *, scope: str = "mixer", backend: str = "auto", cuda
 
     Args:
         model: a transformers model of a supported family, or a module that holds one (PEFT's wrapper, say).
-        scope: "mixer" replaces the whole mixer forward; "ssd" only the scan over a sequence inside the original one.
+        scope: "block" replaces the mixers' forward, and in Mamba2 and GraniteMoeHybrid those of the layers around them:
+            norms, residual adds, the gate of the multilayer perceptron (attention and experts stay as they are).
+            "mixer" replaces the mixers' forward; "ssd" only the scan over a sequence inside the original one.
         backend: "triton", "torch", or "auto": Triton on a GPU, PyTorch anywhere else.
         cuda_graphs: "auto" records the model's one-token forward on its first use, on a GPU, and replays it from then
             on; attention layers stay out of the graphs. Calls that cannot be replayed run as without graphs, and
@@ -100,10 +90,13 @@ def patch(model: nn.Module, *, scope: str = "mixer", backend: str = "auto", cuda
         if not layer.reason:
             bound.append((layer, _make_forward(layer, scope, backend, made)))
     for layer, function in bound:
-        _bind(layer.module, layer.slot, function)
+        bind(layer.module, layer.slot, function)
         forget_calls(layer.module)
     if layers:
         _unbind_roots(model)
+        unbind_blocks(model)
+        if scope == "block":
+            bind_blocks(model, backend)
         if cuda_graphs == "auto" and scope != "ssd":
             _bind_roots(model)
     return report(model)
@@ -122,9 +115,10 @@ def unpatch(model: nn.Module) -> int:
     layers = _survey(model)
     if layers:
         _unbind_roots(model)
+        unbind_blocks(model)
     for layer in layers:
         if layer.binding is not None:
-            _restore(layer)
+            restore(layer.module, layer.slot, layer.binding)
             forget_calls(layer.module)
             count += 1
     return count
@@ -132,16 +126,20 @@ def unpatch(model: nn.Module) -> int:
 
 @contextmanager
 def patched(
-    model: nn.Module, *, scope: str = "mixer", backend: str = "auto", cuda_graphs: str = "auto"
+    model: nn.Module, *, scope: str = "block", backend: str = "auto", cuda_graphs: str = "auto"
 ) -> Iterator[Report]:
     """`patch` a model for the length of a with block; afterwards each layer has the forward it had before."""
     before = {id(layer.module): layer.module.__dict__[layer.slot] for layer in _survey(model) if layer.binding}
     graphed = bool(before) and _has_bound_roots(model)
+    blocks = block_backend(model)
     yielded = patch(model, scope=scope, backend=backend, cuda_graphs=cuda_graphs)
     try:
         yield yielded
     finally:
         _unbind_roots(model)
+        unbind_blocks(model)
+        if blocks is not None:
+            bind_blocks(model, blocks)
         if graphed:
             _bind_roots(model)
         for layer in _survey(model):
@@ -149,9 +147,9 @@ def patched(
                 continue
             earlier = before.get(id(layer.module))
             if earlier is None:
-                _restore(layer)
+                restore(layer.module, layer.slot, layer.binding)
             else:
-                _bind(layer.module, layer.slot, earlier.__func__)
+                bind(layer.module, layer.slot, earlier.__func__)
 
 
 def report(model: nn.Module) -> Report:
@@ -163,15 +161,17 @@ def report(model: nn.Module) -> Report:
     layers = _survey(model)
     note = "" if layers else "The model has no Mamba-2 layer: there is nothing to patch."
     graphs = _graph_reports(model) if layers else ()
-    return Report(type(model).__name__, tuple(map(_describe, layers)), note, graphs)
+    around = layer_of(model)
+    described = tuple(_describe(layer, layer.module in around) for layer in layers)
+    return Report(type(model).__name__, described, note, graphs, block_report(model) if around else None)
 
 
-def binding_of(module: Any) -> _Binding | None:
+def binding_of(module: Any) -> Binding | None:
     """What a mixer's fast forward was made with; None where it runs another."""
     for slot in ("_old_forward", "forward"):
         function = getattr(module.__dict__.get(slot), "__func__", None)
-        if isinstance(function, types.FunctionType) and function in _bindings:
-            return _bindings[function]
+        if isinstance(function, types.FunctionType) and function in bindings:
+            return bindings[function]
     return None
 
 
@@ -191,7 +191,7 @@ def _bind_roots(model: nn.Module) -> None:
     for root, family in _roots(model):
         # A forward that something else has put there, accelerate's for one, is left alone.
         if "forward" not in root.__dict__:
-            _bind(root, "forward", make_forward(type(root), family))
+            bind(root, "forward", make_forward(type(root), family))
 
 
 def _unbind_roots(model: nn.Module) -> None:
@@ -246,30 +246,15 @@ def _survey(model: object) -> list[_Layer]:
         if found is None:
             continue
         family, cls = found
-        slot = "_old_forward" if "_hf_hook" in module.__dict__ and "_old_forward" in module.__dict__ else "forward"
-        current: Any = module.__dict__.get(slot)
-        function = getattr(current, "__func__", None)
-        binding = None
-        if isinstance(function, types.FunctionType) and current.__self__ is module:
-            binding = _bindings.get(function)
+        slot = slot_of(module)
+        binding = binding_in(module, slot)
         reason = ""
         if binding is None:
-            reason = _why_alone(module, cls, current)
+            reason = why_alone(module, cls, module.__dict__.get(slot))
+            if not reason and module.activation not in ("silu", "swish"):
+                reason = f"activation {module.activation!r} is not covered"
         layers.append(_Layer(name, module, family, slot, binding, reason))
     return layers
-
-
-def _why_alone(module: nn.Module, cls: type, current: object) -> str:
-    own = type(module).forward
-    if own is not cls.__dict__.get("forward"):
-        return f"{type(module).__name__} overrides forward"
-    if not (own.__module__ or "").startswith("transformers."):
-        return f"the forward of class {cls.__name__} was replaced"
-    if current is not None and current != types.MethodType(own, module):
-        return "its forward was already replaced by something else"
-    if module.activation not in ("silu", "swish"):
-        return f"activation {module.activation!r} is not covered"
-    return ""
 
 
 def _make_forward(layer: _Layer, scope: str, backend: str, made: dict[Any, Any]) -> types.FunctionType:
@@ -279,9 +264,10 @@ def _make_forward(layer: _Layer, scope: str, backend: str, made: dict[Any, Any])
 
     module = layer.module
     stood = layer.binding.stood if layer.binding is not None else layer.slot in module.__dict__
-    binding = _Binding(scope, _check_backend(module, backend), stood)
+    # Whether the layer around it is fast too is that layer's affair.
+    binding = Binding("ssd" if scope == "ssd" else "mixer", _check_backend(module, backend), stood)
     key: Any
-    if scope == "mixer":
+    if scope != "ssd":
         plan = MixerPlan(
             backend=binding.backend,
             in_scale=layer.family.in_scale,
@@ -295,7 +281,7 @@ def _make_forward(layer: _Layer, scope: str, backend: str, made: dict[Any, Any])
         make = functools.partial(forward.ssd_scope, type(module), binding.backend)
     if key not in made:
         made[key] = make()
-        _bindings[made[key]] = binding
+        bindings[made[key]] = binding
     return made[key]
 
 
@@ -321,24 +307,7 @@ def _device(module: Any) -> torch.device:
     return device
 
 
-def _bind(module: Any, slot: str, function: Callable[..., Any]) -> None:
-    module.__dict__[slot] = types.MethodType(function, module)
-
-
-def _restore(layer: _Layer) -> None:
-    attributes = layer.module.__dict__
-    ours = attributes[layer.slot]
-    own = types.MethodType(type(layer.module).forward, layer.module)
-    if layer.slot == "forward" and layer.binding is not None and not layer.binding.stood:
-        del attributes["forward"]
-        return
-    attributes[layer.slot] = own
-    wrapper = attributes.get("forward")
-    if getattr(wrapper, "__wrapped__", None) == ours:  # accelerate's wrapper, made while ours was bound
-        functools.update_wrapper(wrapper, own)
-
-
-def _describe(layer: _Layer) -> LayerReport:
+def _describe(layer: _Layer, in_block: bool) -> LayerReport:
     device = _device(layer.module)
     common = {"name": layer.name, "mixer": type(layer.module).__name__, "device": str(device)}
     binding = layer.binding
@@ -348,10 +317,11 @@ def _describe(layer: _Layer) -> LayerReport:
         served = binding.backend if device.type == "meta" else resolve_backend(binding.backend, device)
     except RuntimeError:  # moved, since, to where its backend cannot run
         served = f"{binding.backend} (cannot run on {device.type})"
+    scope = "block" if in_block else binding.scope
     return LayerReport(
         **common,
         status="fast",
-        scope=binding.scope,
-        backends=dict.fromkeys(_OPS[binding.scope], served),
+        scope=scope,
+        backends=dict.fromkeys(_OPS[scope], served),
         original_calls=original_calls(layer.module),
     )

@@ -27,7 +27,7 @@ class LayerReport:
     status: str
     """"fast", or "original" for a layer that runs transformers' forward."""
     scope: str | None = None
-    """What is fast in it: "mixer" or "ssd"."""
+    """What is fast in it: "block" (the mixer and the layer around it), "mixer" or "ssd"."""
     backends: dict[str, str] = field(default_factory=dict)
     """What serves each op, "triton" or "torch"."""
     reason: str = ""
@@ -58,6 +58,26 @@ class GraphReport:
 
 
 @dataclass(frozen=True)
+class BlockReport:
+    """The layers around the mixers: their norms, residual adds and multilayer perceptrons."""
+
+    layers: int
+    """How many there are."""
+    fast: int
+    """How many have the forward of scope="block"."""
+    reasons: tuple[str, ...] = ()
+    """Why others have not."""
+    original_calls: dict[str, int] = field(default_factory=dict)
+    """Calls that fast layers handed to the original forward, by reason."""
+
+    def __str__(self) -> str:
+        calls = [f"{count}x original: {reason}" for reason, count in self.original_calls.items()]
+        return "; ".join(
+            [f"norms and residual adds of {self.fast} of {self.layers} layers fused", *self.reasons, *calls]
+        )
+
+
+@dataclass(frozen=True)
 class Report:
     """The mixer layers of a model. `print` it for a table."""
 
@@ -67,6 +87,8 @@ class Report:
     note: str = ""
     graphs: tuple[GraphReport, ...] = ()
     """What became of one-token calls, for each model in it that takes them from CUDA graphs."""
+    blocks: BlockReport | None = None
+    """The layers around the mixers; None where scope="block" has nothing to do."""
 
     @property
     def patched(self) -> int:
@@ -82,12 +104,12 @@ class Report:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         if self.layers:
             lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-        lines += map(str, self.graphs)
+        lines += map(str, (*([self.blocks] if self.blocks else []), *self.graphs))
         return "\n".join(line.rstrip() for line in lines)
 
 
 def _row(layer: LayerReport) -> tuple[str, ...]:
-    status = layer.status if layer.scope in (None, "mixer") else f"{layer.status} ({layer.scope} only)"
+    status = layer.status if layer.scope != "ssd" else f"{layer.status} ({layer.scope} only)"
     served = sorted(set(layer.backends.values()))
     # One word where one backend serves everything.
     backend = served[0] if len(served) == 1 else ", ".join(f"{op}: {name}" for op, name in layer.backends.items())

@@ -32,7 +32,7 @@ def offload(model: nn.Module, way: str, folder: str) -> nn.Module:
     return accelerate.dispatch_model(model, device_map, main_device="cpu", offload_dir=folder, force_hooks=True)
 
 
-@pytest.mark.parametrize("scope", ["mixer", "ssd"])
+@pytest.mark.parametrize("scope", ["block", "ssd"])
 @pytest.mark.parametrize("first", ["hooks", "patch"])
 @pytest.mark.parametrize("way", ["cpu", "disk", "dispatch"])
 def test_accelerate(main_model, way, first, scope, tmp_path):

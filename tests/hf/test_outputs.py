@@ -12,10 +12,10 @@ from torch import nn
 import fastmamba
 from tests.hf.models import assert_golden, mixers, padding, run, run_exact, skip_if_one_token_fails, tokens
 
-SCOPES = ("mixer", "ssd")
+SCOPES = ("block", "mixer", "ssd")
 
 
-def patch_all(model: nn.Module, scope: str = "mixer") -> nn.Module:
+def patch_all(model: nn.Module, scope: str = "block") -> nn.Module:
     """A patched copy."""
     model = copy.deepcopy(model)
     report = fastmamba.patch(model, scope=scope)

@@ -46,7 +46,7 @@ def test_only_the_instance_changes(model):
     classes = [(module, type(module), dict(vars(type(module)))) for module in model.modules()]
     modeling = sys.modules[type(mixers(model)[0]).__module__]
     names, keys = dict(vars(modeling)), list(model.state_dict())
-    for scope in ("mixer", "ssd"):
+    for scope in ("block", "mixer", "ssd"):
         fastmamba.patch(model, scope=scope)
         run(model, tokens(1, 5))
     changed = [thing for thing, attributes in before if vars(thing) != attributes]
@@ -331,7 +331,7 @@ def test_gradients_outside_training_warn_once(mamba2):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("scope", ["mixer", "ssd"])
+@pytest.mark.parametrize("scope", ["block", "mixer", "ssd"])
 def test_training_is_the_original(main_model, scope, checkpointing):
     fast = copy.deepcopy(main_model)
     fastmamba.patch(fast, scope=scope)
@@ -442,7 +442,8 @@ def test_report(model):
     assert report.patched == count
     for layer in report.layers:
         assert model.get_submodule(layer.name) in mixers(model)
-        assert (layer.status, layer.scope, layer.device, layer.reason) == ("fast", "mixer", "cpu", "")
+        assert (layer.status, layer.device, layer.reason) == ("fast", "cpu", "")
+        assert layer.scope == ("mixer" if report.blocks is None else "block")
         assert set(layer.backends.values()) == {"torch"}
         assert layer.mixer in {family.mixer for family in FAMILIES}
     text = str(report)

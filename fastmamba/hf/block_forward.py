@@ -1,0 +1,223 @@
+"""The forwards of what surrounds the mixers: norms, residual adds, and the gate of the multilayer perceptron.
+
+Each does what the class's own forward does, in the same order and with the same roundings, calling the same modules; a
+norm or activation that has a hook is called as the module it is. All are named forward, because that is how a bound
+method is pickled: as getattr(module, "forward"), the class's own forward when loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+
+from fastmamba.hf.handoff import leave, take
+from fastmamba.hf.report import count_original
+from fastmamba.ops import add_rms_norm, rms_norm, silu_and_mul
+
+following: WeakKeyDictionary[nn.Module, tuple[ref[nn.Module], bool]] = WeakKeyDictionary()
+"""Layer -> the norm that its output is about to meet, and whether that rounds to the dtype of its weight.
+
+Beside the modules and not on them: a deepcopy or pickle carries no guess, and takes each norm in a pass of its own.
+"""
+
+TENSOR = "hidden_states is not an ordinary tensor of shape (B, T, hidden size)"
+DTYPE = "hidden_states of a dtype without a kernel"
+META = "hidden_states on the meta device"
+GRADIENTS = "gradients are needed"
+TRAINING = "training mode"
+PACKED = "packed sequences (seq_idx, cu_seqlens)"
+ELSEWHERE = "weight on another device, or of another kind"
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+_has_global_hook = nn.modules.module._has_any_global_hook
+
+
+def _unsupported(module: Any, hidden_states: Any) -> str | None:
+    """Why a call has to run the original forward, or None. This runs at every call: cheap checks only."""
+    if module.training:
+        return TRAINING
+    if type(hidden_states) is not Tensor or hidden_states.ndim != 3 or 0 in hidden_states.shape:
+        return TENSOR
+    if torch.is_grad_enabled() and (hidden_states.requires_grad or any(p.requires_grad for p in module.parameters())):
+        return GRADIENTS
+    dtype = hidden_states.dtype
+    if dtype not in _DTYPES and not (dtype is torch.float64 and hidden_states.is_cpu):
+        return DTYPE
+    return META if hidden_states.is_meta else None
+
+
+def _original(module: Any, reason: str, *args: Any, **kwargs: Any) -> Any:
+    if not torch.compiler.is_compiling():
+        count_original(module, reason)
+    return type(module).forward(module, *args, **kwargs)
+
+
+def _plain(norm: Any, device: torch.device) -> bool:
+    """Whether a norm can be fused: its forward is ours, nobody watches it, and its weight is here."""
+    if norm._forward_hooks or norm._forward_pre_hooks or "_hf_hook" in norm.__dict__ or _has_global_hook():
+        return False
+    forward = norm.__dict__.get("forward")
+    return getattr(forward, "__code__", None) is _NORM and norm.weight.device == device
+
+
+def _first_norm(norm: Any, hidden_states: Tensor, dtype: torch.dtype | None, backend: str) -> Tensor:
+    """The norm that a layer starts with. Its own forward has been bound too, by the same `patch`."""
+    if not _plain(norm, hidden_states.device):
+        return norm(hidden_states if dtype is None else hidden_states.to(dtype))
+    normed = take(hidden_states, norm)
+    if normed is None:
+        normed = rms_norm(hidden_states, norm.weight, eps=norm.variance_epsilon, dtype=dtype, backend=backend)
+    return normed
+
+
+def _finish(
+    layer: Any, x: Tensor, residual: Tensor, factor: float, sum_dtype: torch.dtype | None, backend: str
+) -> Tensor:
+    """The residual add that a layer ends with, together with the norm that follows where that is known."""
+    guess = following.get(layer)
+    norm: Any = None if guess is None else guess[0]()
+    if (
+        guess is None
+        or norm is None
+        or type(x) is not Tensor
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or x.device != residual.device
+        or not _plain(norm, x.device)
+    ):
+        residual = residual if sum_dtype is None else residual.to(sum_dtype)
+        return residual + (x if factor == 1.0 else x * factor)
+    normed, total = add_rms_norm(
+        x,
+        residual,
+        norm.weight,
+        eps=norm.variance_epsilon,
+        factor=factor,
+        sum_dtype=sum_dtype,
+        dtype=norm.weight.dtype if guess[1] else None,
+        backend=backend,
+    )
+    leave(total, norm, normed)
+    return total
+
+
+def norm_forward(backend: str) -> Callable[..., Tensor]:
+    """For an RMSNorm."""
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        reason = _unsupported(self, hidden_states)
+        if reason is None and (self.weight.device != hidden_states.device or not self.weight.is_floating_point()):
+            reason = ELSEWHERE
+        if reason is not None:
+            return _original(self, reason, hidden_states)
+        normed = take(hidden_states, self)
+        if normed is None:
+            normed = rms_norm(hidden_states, self.weight, eps=self.variance_epsilon, backend=backend)
+        return normed
+
+    return forward
+
+
+_NORM = norm_forward("auto").__code__
+"""By which a norm's forward is known for ours, whatever its backend."""
+
+
+def mlp_forward(backend: str) -> Callable[..., Tensor]:
+    """For a GraniteMoeHybridMLP."""
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        if (
+            self.training
+            or torch.is_grad_enabled()
+            or type(hidden_states) is not Tensor
+            or self.activation._forward_hooks
+            or self.activation._forward_pre_hooks
+            or _has_global_hook()
+        ):
+            return type(self).forward(self, hidden_states)  # nothing is lost but a pass over memory
+        projected = self.input_linear(hidden_states)
+        if type(projected) is not Tensor or projected.ndim != 3 or 0 in projected.shape:
+            gate, up = projected.chunk(2, dim=-1)
+            return self.output_linear(self.activation(gate) * up)
+        return self.output_linear(silu_and_mul(projected, backend=backend))
+
+    return forward
+
+
+def mamba2_block_forward(backend: str) -> Callable[..., Tensor]:
+    """For a Mamba2Block: h + mixer(norm(h)), h in float32 where the block's residual_in_fp32 says so."""
+
+    def forward(
+        self: Any, hidden_states: Tensor, cache_params: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        norm = self.norm
+        reason = _unsupported(self, hidden_states)
+        if reason is None and kwargs and (kwargs.get("seq_idx") is not None or kwargs.get("cu_seqlens") is not None):
+            reason = PACKED  # some versions hand these on to the mixer, some do not
+        if reason is not None:
+            return _original(
+                self, reason, hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs
+            )
+        normed = _first_norm(norm, hidden_states, norm.weight.dtype, backend)
+        x = self.mixer(normed, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
+        del normed
+        return _finish(self, x, hidden_states, 1.0, torch.float32 if self.residual_in_fp32 else None, backend)
+
+    return forward
+
+
+def granite_layer_forward(backend: str) -> Callable[..., Tensor]:
+    """For a GraniteMoeHybridDecoderLayer: a mixer or attention, then experts, each h + multiplier branch(norm(h))."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        norm = self.input_layernorm
+        reason = _unsupported(self, hidden_states)
+        if reason is not None:
+            kwargs |= {"use_cache": use_cache, "position_embeddings": position_embeddings}
+            return _original(
+                self, reason, hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
+            )
+        normed = _first_norm(norm, hidden_states, None, backend)
+        if self.mamba is not None:
+            x = self.mamba(hidden_states=normed, cache_params=past_key_values, attention_mask=attention_mask, **kwargs)
+        else:
+            x, _ = self.self_attn(
+                hidden_states=normed,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+        del normed
+        factor = self.residual_multiplier
+        norm = self.post_attention_layernorm
+        if type(x) is Tensor and x.device == hidden_states.device and _plain(norm, x.device):
+            normed, hidden_states = add_rms_norm(
+                x, hidden_states, norm.weight, eps=norm.variance_epsilon, factor=factor, backend=backend
+            )
+        else:
+            hidden_states = hidden_states + x * factor
+            normed = norm(hidden_states)
+        del x
+        if self.has_experts:
+            x = self.block_sparse_moe(normed) + self.shared_mlp(normed)
+        else:
+            x = self.shared_mlp(normed)
+        del normed
+        return _finish(self, x, hidden_states, factor, None, backend)
+
+    return forward
