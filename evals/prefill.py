@@ -56,7 +56,7 @@ class Settings:
     batch: int = 1
     repeats: int = 5
     seed: int = 0
-    scope: str = "mixer"
+    scope: str = "block"
     backend: str = "auto"
     original: bool = True
     reference_tokens: int = 4096

@@ -162,7 +162,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=positive, help="timed runs of each side at each length")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("results"), help="folder to write to (default: results)")
-    parser.add_argument("--scope", choices=["mixer", "ssd"], default="mixer", help="what patch() replaces")
+    parser.add_argument("--scope", choices=["block", "mixer", "ssd"], default="block", help="what patch() replaces")
     parser.add_argument("--backend", choices=["auto", "triton", "torch"], default="auto", help="what patch() runs on")
     parser.add_argument("--no-original", dest="original", action="store_false", help="time the patched model alone")
     parser.add_argument("--time-limit", type=float, default=600.0, metavar="S", help="seconds one run may take")
