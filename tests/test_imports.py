@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "reference": {"reference"},
     "configs": {"tuned"},
     "tuned": set(),
+    "lm_eval": {"hf"},  # a command beside the library: nothing imports it
 }
 
 

@@ -1,0 +1,206 @@
+"""The quality report: its arithmetic, and that it tells broken kernels from sound ones, on a small trained model."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+
+import fastmamba.mixer
+from evals.quality import rules
+from evals.quality.__main__ import main
+from evals.quality.compare import TaskResult, compare, jackknife, mean
+from evals.quality.drift import cuts, positions
+
+ROOT = Path(__file__).parents[2]
+OLD = Version(transformers.__version__) < Version("5.21")
+# To 5.20 transformers' own scan takes ten times as long, and at 4,096 tokens over 10 GiB.
+slow = pytest.mark.skipif(OLD, reason="too slow for a test with transformers' scan before 5.21")
+SOUND_SSD, SOUND_NORM = fastmamba.mixer.ssd, fastmamba.mixer.gated_rms_norm
+
+
+def run(tmp_path, *arguments):
+    """Exit status of a short run on the Mamba2 model, and what it wrote."""
+    status = main(["--model", "mamba2", "--device", "cpu", "--output", str(tmp_path), *arguments])
+    return status, json.loads((tmp_path / "quality.json").read_text())
+
+
+@slow
+def test_sound(tmp_path, capsys):
+    tasks = "fastmamba_text,fastmamba_cloze,fastmamba_recall_1k"
+    status, report = run(tmp_path, "--tokens", "1024", "--tasks", tasks, "--limit", "2")
+    assert status == 0, report["broken"]
+    assert (tmp_path / "quality.png").stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    assert "Parity holds" in printed
+    (model,) = report["models"]
+    assert {entry["way"] for entry in model["text"] if entry["run"] == "patched float32"} == {
+        "one call",
+        "pieces",
+        "steps",
+    }
+    scores = {(entry["task"], entry["metric"]): entry for entry in model["tasks"]}
+    assert scores["fastmamba_recall_1k", "exact_match,value"]["original"] == 1.0  # the model can do it
+    assert scores["fastmamba_text", "byte_perplexity,none"]["patched"] < 3
+    assert scores["fastmamba_cloze", "acc,none"]["identical"] == 1.0
+
+
+def forgetful(x, dt, A, *rest, **options):
+    """Decays off by 1%."""
+    return SOUND_SSD(x, dt, 1.01 * A, *rest, **options)
+
+
+class Losing:
+    """The state is lost after 4,096 tokens, whatever parts the sequence comes in."""
+
+    done = 0
+
+    def __call__(self, x, dt, A, B, C, D, z, dt_bias, state, **options):
+        self.done = 0 if state is None else self.done
+        cut, self.done = 4096 - self.done, self.done + x.shape[1]
+        if not 0 < cut < x.shape[1]:
+            return SOUND_SSD(x, dt, A, B, C, D, z, dt_bias, state, **options)
+        first, second = (
+            SOUND_SSD(
+                *(t[:, part] for t in (x, dt)), A, *(t[:, part] for t in (B, C)), D, z, dt_bias, before, **options
+            )
+            for part, before in ((slice(cut), state), (slice(cut, None), None))
+        )
+        if isinstance(first, tuple):
+            return torch.cat([first[0], second[0]], dim=1), second[1]
+        return torch.cat([first, second], dim=1)
+
+
+def spilling(x, dt, A, B, C, D, z, dt_bias, state, **options):
+    """The last chunk takes what lies behind the sequence for tokens."""
+    missing = -x.shape[1] % 64
+    beyond = (torch.cat([t, t[:, -1:].expand(-1, missing, *t.shape[2:])], dim=1) for t in (x, dt, B, C))
+    x_, dt_, B_, C_ = beyond
+    found = SOUND_SSD(x_, dt_, A, B_, C_, D, z, dt_bias, state, **options)
+    return (found[0][:, : x.shape[1]], found[1]) if isinstance(found, tuple) else found[:, : x.shape[1]]
+
+
+def swapped(*arguments, norm_before_gate=False, **options):
+    """The norm before the gate instead of after it."""
+    return SOUND_NORM(*arguments, norm_before_gate=not norm_before_gate, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "tokens"),
+    [
+        pytest.param("ssd", forgetful, 1024, marks=slow),
+        pytest.param("ssd", Losing(), 4608, marks=slow),
+        pytest.param("ssd", spilling, 1024, marks=slow),
+        ("gated_rms_norm", swapped, 1024),
+    ],
+    ids=["decay", "lost", "padding", "norm"],
+)
+def test_broken(monkeypatch, tmp_path, capsys, name, broken, tokens):
+    monkeypatch.setattr(f"fastmamba.mixer.{name}", broken)
+    status, report = run(tmp_path, "--tokens", str(tokens), "--tasks", "none")
+    assert status == 1
+    assert report["broken"]
+    assert "Parity is broken" in capsys.readouterr().out
+
+
+@slow
+def test_broken_tasks_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr("fastmamba.mixer.gated_rms_norm", swapped)
+    status, report = run(tmp_path, "--tokens", "0", "--tasks", "fastmamba_text", "--limit", "4")
+    assert status == 1
+    assert any("bits_per_byte" in line for line in report["broken"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dtype", "int8"], "--dtype must be of float32, bfloat16, float16, got 'int8'"),
+        (["--state-dtype", "half"], "--state-dtype must be of none, model"),
+        (["--tokens", "10"], "--tokens must be 0 or at least 1024, got 10"),
+    ],
+)
+def test_bad_arguments(capsys, arguments, message):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_jackknife_of_a_mean_is_the_usual_standard_error():
+    values = [0.0, 1.0, 1.0, 3.0]
+    expected = np.std(values, ddof=1) / 2
+    for aggregate in (mean, lambda part: sum(part) / len(part)):  # the short way and the long one
+        score, error = jackknife([values], aggregate)
+        assert score == 1.25
+        assert error == pytest.approx(expected)
+    assert math.isnan(jackknife([[1.0]], mean)[1])
+
+
+def test_paired_error_leaves_out_what_both_share():
+    before = TaskResult({"acc,none": [0.0, 1.0] * 50}, {"acc,none": mean}, [-1.0] * 100, [0] * 100)
+    after = TaskResult(
+        {"acc,none": [1.0, 1.0] + [0.0, 1.0] * 49}, {"acc,none": mean}, [-1.0] * 99 + [-3.0], [1] + [0] * 99
+    )
+    (found,) = compare("task", before, after)
+    assert found.difference == pytest.approx(0.01)
+    assert found.difference_stderr == pytest.approx(0.01)  # one document of a hundred
+    assert found.original_stderr > 0.05
+    assert found.identical == 0.99
+    assert found.loglikelihood == {"median": 0.0, "p99": pytest.approx(0.02, abs=0.05), "max": 2.0}
+
+
+def test_rules():
+    block = {"from": 0, "to": 64, "kl": 1e-4, "top-1 agreement": 1.0}
+    half = {"kl": 1e-4, "by position": [block]}
+
+    def drift(kl, last):
+        return {"kl": kl, "by position": [block | {"kl": last}]}
+
+    assert not rules.broken_drift("x", drift(1.9e-4, 1.9e-4), half, "bfloat16")
+    assert rules.broken_drift("x", drift(2.1e-4, 1e-4), half, "bfloat16")
+    assert rules.broken_drift("x", drift(1e-4, 4.1e-4), half, "bfloat16")
+    assert rules.broken_drift("x", drift(float("nan"), 1e-4), half, "bfloat16")
+    assert not rules.broken_drift("x", drift(0.9e-8, 0.9e-8), half, "float32")
+    assert rules.broken_drift("x", drift(1.1e-8, 1e-9), half, "float32")
+
+
+def test_positions_and_cuts():
+    assert positions(1024).tolist() == list(range(1023))
+    many = positions(100_000)
+    assert len(many) == len(set(many.tolist())) == 16384
+    assert (many[0], many[-1]) == (0, 99_998)
+    assert all(cut % 16 for cut in cuts(4096)[:-1])
+    assert cuts(4096)[-1] == 4096 - 64
+
+
+@pytest.mark.parametrize("processes", [1 if OLD else 2])
+def test_command_line(tmp_path, processes):
+    """lm-eval's own command line on a patched model, in one process and under accelerate in two."""
+    arguments = [
+        *("-m", "fastmamba.lm_eval", "run", "--model", "fastmamba", "--tasks", "fastmamba_cloze", "--limit", "4"),
+        *("--include_path", "evals/lm_tasks", "--device", "cpu", "--batch_size", "4", "--output_path", str(tmp_path)),
+        *("--model_args", "pretrained=evals/models/mamba2,dtype=float32,patch_backend=torch"),
+        "--log_samples",
+    ]
+    command = [sys.executable, *arguments]
+    if processes > 1:
+        launch = "from accelerate.commands.launch import main; main()"
+        # On CPUs accelerate starts several processes by MPI only, unless it is told of several GPUs.
+        options = ["--multi_gpu", "--num_processes", str(processes), "--main_process_port", "0"]
+        command = [sys.executable, "-c", launch, *options, *arguments]
+    setting = {**os.environ, "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=setting, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("|fastmamba_cloze|") == 1  # each document once, one table
+    (samples,) = tmp_path.rglob("samples_fastmamba_cloze*.jsonl")
+    assert sorted(json.loads(line)["doc_id"] for line in samples.read_text().splitlines()) == [0, 1, 2, 3]
+    (results,) = tmp_path.rglob("results_*.json")
+    assert json.loads(results.read_text())["n-samples"]["fastmamba_cloze"]["effective"] == 4
