@@ -7,13 +7,14 @@ on.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import multiprocessing
 import multiprocessing.connection
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,9 +23,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import fastmamba
 from evals import memory, shapes
+from evals.prefill_floor import Rates, floor
+from evals.prefill_kinds import gpu_time
 from evals.timing import summary, timed
 
 SIDES = ("patched", "original")  # patched first: what an original breaks must not cost its figures
+SSD_ONLY = "ssd"  # a third side: patched with scope="ssd"
 
 # How far patched and original logits may differ where no float32 run can judge both (relative, root mean square).
 # Two runs that each round at every layer differ by more than either errs; on CUDA, kernels that transformers picks up
@@ -61,6 +65,14 @@ class Settings:
     original: bool = True
     reference_tokens: int = 4096
     time_limit: float = 600.0
+    sides: tuple[str, ...] = SIDES
+    lengths: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    """Where a side is to run, if not at every length."""
+    thrifty: bool = False
+    """On a GPU, take peak memory in the timed runs instead of in a run of its own."""
+    breakdown: bool = False
+    """On a GPU, also say what the GPU's time goes to, and what the call would take at best."""
+    prefill_chunk_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch", "repeats"):
@@ -68,6 +80,9 @@ class Settings:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if (self.dtype, torch.device(self.device).type) not in DIFFERENCE_BOUND:
             raise ValueError(f"no comparison bound for dtype {self.dtype} on {self.device}")
+
+    def runs(self, side: str, tokens: int) -> bool:
+        return tokens in self.lengths.get(side, (tokens,))
 
     @property
     def bound(self) -> float:
@@ -87,6 +102,12 @@ def load(name: str, settings: Settings) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype).to(device).eval()
 
 
+def patch(model: PreTrainedModel, settings: Settings, side: str) -> fastmamba.Report:
+    """Patch a model for a side."""
+    scope = "ssd" if side == SSD_ONLY else settings.scope
+    return fastmamba.patch(model, scope=scope, backend=settings.backend)
+
+
 # ---- inside the process -------------------------------------------------------------------------------------------
 
 
@@ -96,6 +117,7 @@ class Measurement:
     def __init__(self, model: PreTrainedModel, settings: Settings, phase: Callable[[str], None]) -> None:
         self.model, self.settings, self.phase = model, settings, phase
         self.device = torch.device(settings.device)
+        self._rates: Rates | None = None
 
     def row(self, tokens: int, sides: list[str], segments: tuple[str, int] | None, checks: bool) -> dict[str, Any]:
         """Timings, memory and the comparison at one length.
@@ -114,38 +136,54 @@ class Measurement:
             outcomes[side], found = self._attempt(side, self._logits, ids)  # also the warm-up
             if found is not None:
                 logits[side] = found
+        together = self.settings.thrifty and self.device.type == "cuda"
         for side in sides:
-            if outcomes[side]["status"] == "ok":
+            if outcomes[side]["status"] == "ok" and not together:
                 outcomes[side], peaks[side] = self._attempt(side, self._peak, ids)
         for _ in range(self.settings.repeats):
             for side in sides:  # taken in turn, so that a machine that slows down slows both
                 if outcomes[side]["status"] == "ok":
-                    outcomes[side], ms = self._attempt(side, timed, lambda: self._prefill(ids), self.device)
+                    with memory.Peak(self.device) if together else contextlib.nullcontext() as peak:
+                        outcomes[side], ms = self._attempt(side, timed, lambda: self._prefill(ids), self.device)
                     timings[side] += [ms] if ms is not None else []
+                    if peak is not None:
+                        peaks[side] = peak.extra
         for side in sides:
             if outcomes[side]["status"] == "ok":
                 outcomes[side] |= summary(timings[side]) | {"peak_extra_bytes": peaks[side]}
-        return {"tokens": tokens, "check": self._check(ids, logits, segments if checks else None, checks)} | outcomes
+        row = {"tokens": tokens, "check": self._check(ids, logits, segments if checks else None, checks)} | outcomes
+        if self.settings.breakdown and self.device.type == "cuda":
+            for side in sides:
+                if outcomes[side]["status"] == "ok":
+                    profiled, spent = self._attempt(side, gpu_time, lambda: self._prefill(ids))
+                    outcomes[side] |= {"gpu": spent} if profiled["status"] == "ok" else {}
+            row["floor"] = self._floor(self.settings.batch, tokens)
+        return row
+
+    def _floor(self, batch: int, tokens: int) -> dict[str, float] | None:
+        if self._rates is None:
+            self._rates = Rates(self.device)
+        return floor(self.model, self._rates, batch, tokens)
 
     def _attempt(
         self, side: str, call: Callable[..., Any], *args: Any, phase: str | None = None
     ) -> tuple[dict[str, Any], Any]:
         """Run `call` with the model on `side`. Running out of memory is an outcome; anything else ends the process."""
         self.phase(phase or side)
-        if side == "patched":
-            fastmamba.patch(self.model, scope=self.settings.scope, backend=self.settings.backend)
+        if side != "original":
+            patch(self.model, self.settings, side)
         try:
             with torch.no_grad():
                 value = call(*args)
             # A patched model that quietly ran the original forward would compare well and prove nothing.
-            calls = [layer.original_calls for layer in fastmamba.report(self.model).layers if side == "patched"]
+            calls = [layer.original_calls for layer in fastmamba.report(self.model).layers if side != "original"]
             return {"status": "ok", "original_calls": next(filter(None, calls), {})}, value
         except (MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise
             message = str(error).splitlines()[0]
         finally:
-            if side == "patched":
+            if side != "original":
                 fastmamba.unpatch(self.model)
         gc.collect()  # the traceback held what did not fit
         if self.device.type == "cuda":
@@ -245,7 +283,7 @@ def _serve(pipe: multiprocessing.connection.Connection, name: str, settings: Set
         memory.limit()
     try:
         model = load(name, settings)
-        report = str(fastmamba.patch(model, scope=settings.scope, backend=settings.backend))
+        report = str(patch(model, settings, "patched"))
         fastmamba.unpatch(model)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         pipe.send(("ready", {"parameters": parameters, "config": model.config.to_diff_dict(), "report": report}))
@@ -327,9 +365,12 @@ def measure(
     try:
         for tokens in sorted(set(lengths)):
             outcomes: dict[str, dict[str, Any]] = {"original": failed} if failed else {}
+            for side in (*SIDES, *settings.sides):
+                if side not in settings.sides or not settings.runs(side, tokens):
+                    outcomes.setdefault(side, {"status": "not run", "message": "not asked for"})
             row: dict[str, Any] = {}
             checks = True
-            while wanted := [side for side in SIDES if side not in outcomes]:
+            while wanted := [side for side in settings.sides if side not in outcomes]:
                 if process is None:
                     try:
                         process = _Process(name, settings, phase)
@@ -348,8 +389,10 @@ def measure(
                     else:
                         outcomes[death.side or "patched"] = {"status": "crashed", "message": str(death)}
             patched, original = (row.get(side) or outcomes[side] for side in SIDES)
-            row = {"tokens": tokens, "patched": patched, "original": original, "check": row.get("check")}
-            if failed is None and original["status"] != "ok":
+            rest = {side: row.get(side) or outcomes[side] for side in settings.sides if side not in SIDES}
+            rest |= {"floor": row["floor"]} if row.get("floor") else {}
+            row = {"tokens": tokens, "patched": patched, "original": original, "check": row.get("check")} | rest
+            if failed is None and original["status"] not in ("ok", "not run"):
                 failed = {"status": "not run", "message": f"failed at {tokens:,} tokens: {original['status']}"}
             if original["status"] == "ok" and tokens <= LONGEST_SEGMENT:
                 proven = (tokens, original["median_ms"])

@@ -65,11 +65,17 @@ class MixerState(Protocol):
     record_past: bool
     """The cache keeps every input of the convolution, so that it can be rolled back."""
 
+    def new_conv(self, inputs: Tensor) -> Tensor | None:
+        """The conv state itself, to be filled with the last of a first call's inputs (B, D + 2*G*N, T).
+
+        None where `write_conv` has to be given them instead.
+        """
+
     def write_conv(self, inputs: Tensor) -> None:
         """Append inputs (B, D + 2*G*N, T) to the conv state."""
 
     def write_ssm(self, states: Tensor) -> None:
-        """Replace the state by (B, H, P, N)."""
+        """Replace the state by (B, H, P, N), a tensor that the caller makes no further use of."""
 
 
 _TILE = 1024
@@ -84,6 +90,9 @@ class _Carried:
     def __init__(self, state: MixerState | None) -> None:
         self.conv: Any = None if state is None else state.conv
         self.ssm: Any = None if state is None else state.ssm
+
+    def new_conv(self, inputs: Tensor) -> None:
+        return None
 
     def write_conv(self, inputs: Tensor) -> None:
         self.conv = inputs.clone()  # a view would keep the tile's projection
@@ -167,7 +176,7 @@ def _forward(
     batch, tokens = projected.shape[:2]
     inner, heads = mixer.intermediate_size, mixer.num_heads
     head_dim, groups, state_size = mixer.head_dim, mixer.n_groups, mixer.ssm_state_size
-    z, conv_in, dt = projected.split((inner, mixer.conv_dim, heads), dim=-1)
+    z, conv_in, dt = projected.split_with_sizes((inner, mixer.conv_dim, heads), dim=-1)
     conv1d = mixer.conv1d
     weight = conv1d.weight.squeeze(1)
 
@@ -175,23 +184,25 @@ def _forward(
     stepping = ssm is not None and tokens == 1  # with a cache that records its past: `can_step` took the others
     recording = state is not None and state.record_past
     width = mixer.conv_kernel_size
+    new_conv = None if state is None else state.new_conv(conv_in.mT)
     conv_out = causal_conv1d(
         conv_in,
         weight,
         conv1d.bias,
         initial_states=None if conv is None else _last_inputs(conv, width - 1),
         mask=mask,
+        final_states=new_conv,
         activation=mixer.activation,
         backend=backend,
     )
-    if state is not None:  # after the convolution has read the old conv state
+    if state is not None and new_conv is None:  # after the convolution has read the old conv state
         kept = conv_in if recording else conv_in[:, -width:]
         state.write_conv(kept.transpose(1, 2))
     if stepping:
         conv_out = conv_out[:, 0]
 
     axes = (batch,) if stepping else (batch, tokens)
-    x, B, C = conv_out.split((inner, groups * state_size, groups * state_size), dim=-1)
+    x, B, C = conv_out.split_with_sizes((inner, groups * state_size, groups * state_size), dim=-1)
     x = x.view(*axes, heads, head_dim)
     B = B.view(*axes, groups, state_size)
     C = C.view(*axes, groups, state_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, LinearAttentionLayer
@@ -26,10 +27,10 @@ def check_version() -> None:
 class CacheState:
     """One layer's part of a transformers cache, for `mixer_forward`."""
 
-    __slots__ = ("_cache", "_index", "_width", "conv", "record_past", "ssm")
+    __slots__ = ("_cache", "_index", "_layer", "_width", "conv", "record_past", "ssm")
 
     def __init__(self, cache: Any, layer: Any, index: int, width: int) -> None:
-        self._cache, self._index, self._width = cache, index, width
+        self._cache, self._layer, self._index, self._width = cache, layer, index, width
         known = layer.has_previous_state[0]  # after a reset the tensors are there, zeroed, and hold nothing
         self.conv: Tensor | None = layer.conv_states[0] if known else None
         self.ssm: Tensor | None = layer.recurrent_states[0] if known else None
@@ -39,9 +40,37 @@ class CacheState:
         """Append inputs (B, channels, T) to the conv state, in place unless the cache records its past."""
         self._cache.update_conv_state(inputs, self._index, conv_kernel_size=self._width)
 
+    def new_conv(self, inputs: Tensor) -> Tensor | None:
+        """A first call's conv state (B, channels, W), to be filled with the last of inputs (B, channels, T).
+
+        None where the state continues an earlier one or cannot be written like that: then `write_conv` is to be called.
+        """
+        layer = self._layer
+        if self.conv is not None or self.record_past or torch.compiler.is_compiling():
+            return None
+        if not layer.is_conv_states_initialized[0]:
+            # Of no inputs: the layer makes its state of W zeros, and notes its dtype and device.
+            layer.lazy_initialization(conv_states=inputs[..., :0], state_idx=0, conv_kernel_size=self._width)
+        state = layer.conv_states[0]
+        if state.shape != (*inputs.shape[:2], self._width) or state.device != inputs.device:
+            return None
+        layer.has_previous_state[0] = True
+        return state
+
     def write_ssm(self, states: Tensor) -> None:
-        """Copy states (B, H, P, N) into the cache."""
-        self._cache.update_recurrent_state(states, self._index)
+        """Put states (B, H, P, N), which are nobody else's, into the cache."""
+        layer = self._layer
+        if layer.is_recurrent_states_initialized[0] or torch.compiler.is_compiling() or not _owns_its_memory(states):
+            self._cache.update_recurrent_state(states, self._index)
+            return
+        # What the layer would do with a copy.
+        torch._dynamo.mark_static_address(states)
+        layer.recurrent_states[0] = states
+        layer.is_recurrent_states_initialized[0] = True
+
+
+def _owns_its_memory(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def cache_layer(cache: Any, index: int) -> Any | None:
