@@ -104,8 +104,10 @@ def load(name: str, settings: Settings) -> PreTrainedModel:
 
 def patch(model: PreTrainedModel, settings: Settings, side: str) -> fastmamba.Report:
     """Patch a model for a side."""
-    scope = "ssd" if side == SSD_ONLY else settings.scope
-    return fastmamba.patch(model, scope=scope, backend=settings.backend)
+    if side == SSD_ONLY:
+        return fastmamba.patch(model, scope="ssd", backend=settings.backend)
+    pieces = settings.prefill_chunk_tokens
+    return fastmamba.patch(model, scope=settings.scope, backend=settings.backend, prefill_chunk_tokens=pieces)
 
 
 # ---- inside the process -------------------------------------------------------------------------------------------

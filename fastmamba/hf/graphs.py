@@ -23,6 +23,7 @@ from transformers.masking_utils import create_causal_mask
 from fastmamba.hf import recording
 from fastmamba.hf.compat import cache_layer
 from fastmamba.hf.families import Family, match
+from fastmamba.hf.pieces import in_pieces
 from fastmamba.hf.report import GraphReport
 from fastmamba.hf.tape import CudaCapture, NotRecordable, Tape
 
@@ -392,13 +393,13 @@ def _not_fast(mixer: Any, device_type: str) -> str:
     return ""
 
 
-# Forwards that `make_forward` made, to know them by.
-_forwards: WeakKeyDictionary[Any, Family] = WeakKeyDictionary()
+# Forwards that `make_forward` made, to know them by -> whether they take tapes, and the most tokens of a call.
+_forwards: WeakKeyDictionary[Any, tuple[bool, int | None]] = WeakKeyDictionary()
 
 
-def made(function: object) -> bool:
-    """Whether a function is a forward that `make_forward` made."""
-    return isinstance(function, types.FunctionType) and function in _forwards
+def made(function: object) -> tuple[bool, int | None] | None:
+    """Whether a forward that `make_forward` made takes tapes, and the most tokens of a call; None of any other."""
+    return _forwards.get(function) if isinstance(function, types.FunctionType) else None
 
 
 # Beside the models and not on them: neither a pickle nor a deepcopy of a model carries tapes.
@@ -417,17 +418,18 @@ def forget(root: nn.Module) -> None:
         session.clear()
 
 
-def make_forward(root_class: type, family: Family) -> Callable[..., Any]:
-    """A forward for models of a class that takes one-token calls from tapes and hands on every other."""
+def make_forward(root_class: type, family: Family, tapes: bool, most: int | None) -> Callable[..., Any]:
+    """A forward for models of a class: one-token calls from `tapes`, calls of more than `most` tokens in pieces."""
     own: Any = root_class.forward
+    whole = own if most is None else in_pieces(own, family, most)
     cache_name = family.cache
 
     @functools.wraps(own)  # generate() reads the signature
     def forward(self: Any, input_ids: Any = None, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or args or type(input_ids) is not Tensor or input_ids.shape[-1] != 1:
-            return own(self, input_ids, *args, **kwargs)
+            return whole(self, input_ids, *args, **kwargs)
         cache = kwargs.get(cache_name)
-        if cache is None or input_ids.ndim != 2 or not hasattr(cache, "layers"):
+        if not tapes or cache is None or input_ids.ndim != 2 or not hasattr(cache, "layers"):
             return own(self, input_ids, **kwargs)
         session = _sessions.get(self)
         if session is None:
@@ -438,5 +440,5 @@ def make_forward(root_class: type, family: Family) -> Callable[..., Any]:
 
     # The name is how a bound method is pickled: as getattr(model, "forward"), the class's own forward when loaded.
     forward.__name__ = forward.__qualname__ = "forward"
-    _forwards[forward] = family
+    _forwards[forward] = (tapes, most)
     return forward

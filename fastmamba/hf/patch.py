@@ -15,7 +15,7 @@ from torch import nn
 from fastmamba.hf.binding import Binding, bind, binding_in, bindings, restore, slot_of, why_alone
 from fastmamba.hf.block import bind_blocks, block_backend, block_report, layer_of, unbind_blocks
 from fastmamba.hf.families import FAMILIES, Family, belongs, match, match_root
-from fastmamba.hf.report import GraphReport, LayerReport, Report, forget_calls, original_calls
+from fastmamba.hf.report import GraphReport, LayerReport, PiecesReport, Report, forget_calls, original_calls
 from fastmamba.ops import BACKENDS, resolve_backend
 
 SCOPES = ("block", "mixer", "ssd")
@@ -46,7 +46,14 @@ class _Layer:
     """Why the layer has to be left alone, or the empty string."""
 
 
-def patch(model: nn.Module, *, scope: str = "block", backend: str = "auto", cuda_graphs: str = "auto") -> Report:
+def patch(
+    model: nn.Module,
+    *,
+    scope: str = "block",
+    backend: str = "auto",
+    prefill_chunk_tokens: int | None = None,
+    cuda_graphs: str = "auto",
+) -> Report:
     """Make the Mamba-2 layers of a loaded transformers model fast, in place, on this instance alone.
 
     Each mixer gets a forward of its own. Class, state_dict, hooks and modules stay as they are; `unpatch` takes the
@@ -61,6 +68,9 @@ def patch(model: nn.Module, *, scope: str = "block", backend: str = "auto", cuda
             norms, residual adds, the gate of the multilayer perceptron (attention and experts stay as they are).
             "mixer" replaces the mixers' forward; "ssd" only the scan over a sequence inside the original one.
         backend: "triton", "torch", or "auto": Triton on a GPU, PyTorch anywhere else.
+        prefill_chunk_tokens: the most tokens that a call of the model takes at once, at least 16; a longer one runs in
+            pieces that continue the cache, with the same outputs and less memory. Calls that ask for what only a whole
+            call has (all hidden states, a loss) run whole, and `report` counts them by reason. None never cuts.
         cuda_graphs: "auto" records the model's one-token forward on its first use, on a GPU, and replays it from then
             on; attention layers stay out of the graphs. Calls that cannot be replayed run as without graphs, and
             `report` counts them by reason. "off" records nothing.
@@ -70,11 +80,13 @@ def patch(model: nn.Module, *, scope: str = "block", backend: str = "auto", cuda
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: an unknown `scope`, `backend` or `cuda_graphs`; a model of no supported family.
+        ValueError: an unknown `scope`, `backend` or `cuda_graphs`, a `prefill_chunk_tokens` that is too small or for a
+            model that cannot be cut; a model of no supported family.
         RuntimeError: an unsupported transformers version; backend="triton" where it cannot run.
     """
     _check_options(scope, backend, cuda_graphs)
     layers = _survey(model)
+    _check_pieces(model, prefill_chunk_tokens)
     if layers:
         from fastmamba.hf.compat import check_version
 
@@ -97,8 +109,7 @@ def patch(model: nn.Module, *, scope: str = "block", backend: str = "auto", cuda
         unbind_blocks(model)
         if scope == "block":
             bind_blocks(model, backend)
-        if cuda_graphs == "auto" and scope != "ssd":
-            _bind_roots(model)
+        _bind_roots(model, cuda_graphs == "auto" and scope != "ssd", prefill_chunk_tokens)
     return report(model)
 
 
@@ -126,13 +137,20 @@ def unpatch(model: nn.Module) -> int:
 
 @contextmanager
 def patched(
-    model: nn.Module, *, scope: str = "block", backend: str = "auto", cuda_graphs: str = "auto"
+    model: nn.Module,
+    *,
+    scope: str = "block",
+    backend: str = "auto",
+    prefill_chunk_tokens: int | None = None,
+    cuda_graphs: str = "auto",
 ) -> Iterator[Report]:
     """`patch` a model for the length of a with block; afterwards each layer has the forward it had before."""
     before = {id(layer.module): layer.module.__dict__[layer.slot] for layer in _survey(model) if layer.binding}
-    graphed = bool(before) and _has_bound_roots(model)
+    roots = [(root, slot, bound.__func__) for root, slot, bound in _bound_roots(model)] if before else []
     blocks = block_backend(model)
-    yielded = patch(model, scope=scope, backend=backend, cuda_graphs=cuda_graphs)
+    yielded = patch(
+        model, scope=scope, backend=backend, prefill_chunk_tokens=prefill_chunk_tokens, cuda_graphs=cuda_graphs
+    )
     try:
         yield yielded
     finally:
@@ -140,8 +158,8 @@ def patched(
         unbind_blocks(model)
         if blocks is not None:
             bind_blocks(model, blocks)
-        if graphed:
-            _bind_roots(model)
+        for root, slot, function in roots:
+            bind(root, slot, function)
         for layer in _survey(model):
             if layer.binding is None:
                 continue
@@ -160,10 +178,10 @@ def report(model: nn.Module) -> Report:
     """
     layers = _survey(model)
     note = "" if layers else "The model has no Mamba-2 layer: there is nothing to patch."
-    graphs = _graph_reports(model) if layers else ()
+    graphs, cut = _root_reports(model) if layers else ((), ())
     around = layer_of(model)
     described = tuple(_describe(layer, layer.module in around) for layer in layers)
-    return Report(type(model).__name__, described, note, graphs, block_report(model) if around else None)
+    return Report(type(model).__name__, described, note, graphs, block_report(model) if around else None, cut)
 
 
 def binding_of(module: Any) -> Binding | None:
@@ -185,48 +203,57 @@ def _roots(model: nn.Module) -> Iterator[tuple[Any, Family]]:
             yield module, family
 
 
-def _bind_roots(model: nn.Module) -> None:
+def _bind_roots(model: nn.Module, tapes: bool, most: int | None) -> None:
     from fastmamba.hf.graphs import make_forward
 
     for root, family in _roots(model):
-        # A forward that something else has put there, accelerate's for one, is left alone.
-        if "forward" not in root.__dict__:
-            bind(root, "forward", make_forward(type(root), family))
+        slot = slot_of(root)
+        if slot not in root.__dict__:
+            if tapes or most is not None:
+                bind(root, slot, make_forward(type(root), family, tapes, most))
+        # A forward that something else has put there is left alone; under accelerate's hooks there are no tapes.
+        elif most is not None and root.__dict__[slot] == types.MethodType(type(root).forward, root):
+            bind(root, slot, make_forward(type(root), family, False, most))
+
+
+def _bound_roots(model: nn.Module) -> Iterator[tuple[Any, str, Any]]:
+    """The models whose forward is one of `make_forward`, the key of __dict__ that holds it, and it."""
+    from fastmamba.hf.graphs import made
+
+    for root, _ in _roots(model):
+        for slot in ("_old_forward", "forward"):
+            bound = root.__dict__.get(slot)
+            if made(getattr(bound, "__func__", None)) is not None:
+                yield root, slot, bound
 
 
 def _unbind_roots(model: nn.Module) -> None:
-    from fastmamba.hf import graphs
+    from fastmamba.hf import graphs, pieces
 
-    for root, _ in _roots(model):
+    for root, slot, bound in list(_bound_roots(model)):
         graphs.forget(root)
-        for slot in ("_old_forward", "forward"):
-            bound = root.__dict__.get(slot)
-            if not graphs.made(getattr(bound, "__func__", None)):
-                continue
-            if slot == "forward":
-                del root.__dict__[slot]
-                continue
-            own = root.__dict__[slot] = types.MethodType(type(root).forward, root)
-            wrapper = root.__dict__.get("forward")
-            if getattr(wrapper, "__wrapped__", None) == bound:  # accelerate's wrapper, made while ours was bound
-                functools.update_wrapper(wrapper, own)
+        pieces.forget(root)
+        if slot == "forward":
+            del root.__dict__[slot]
+            continue
+        own = root.__dict__[slot] = types.MethodType(type(root).forward, root)
+        wrapper = root.__dict__.get("forward")
+        if getattr(wrapper, "__wrapped__", None) == bound:  # accelerate's wrapper, made while ours was bound
+            functools.update_wrapper(wrapper, own)
 
 
-def _has_bound_roots(model: nn.Module) -> bool:
-    from fastmamba.hf.graphs import made
+def _root_reports(model: nn.Module) -> tuple[tuple[GraphReport, ...], tuple[PiecesReport, ...]]:
+    from fastmamba.hf import graphs, pieces
 
-    return any(made(getattr(root.__dict__.get("forward"), "__func__", None)) for root, _ in _roots(model))
-
-
-def _graph_reports(model: nn.Module) -> tuple[GraphReport, ...]:
-    from fastmamba.hf.graphs import made, session_of
-
-    reports = []
-    for root, _ in _roots(model):
-        if made(getattr(root.__dict__.get("forward"), "__func__", None)):
-            session = session_of(root)
-            reports.append(GraphReport(type(root).__name__) if session is None else session.report())
-    return tuple(reports)
+    replayed, cut = [], []
+    for root, _, bound in _bound_roots(model):
+        tapes, most = graphs.made(bound.__func__) or (False, None)
+        if tapes:
+            session = graphs.session_of(root)
+            replayed.append(GraphReport(type(root).__name__) if session is None else session.report())
+        if most is not None:
+            cut.append(pieces.pieces_report(root, most))
+    return tuple(replayed), tuple(cut)
 
 
 def _check_options(scope: object, backend: object, cuda_graphs: object) -> None:
@@ -234,6 +261,17 @@ def _check_options(scope: object, backend: object, cuda_graphs: object) -> None:
     for name, value, allowed in options:
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _check_pieces(model: nn.Module, tokens: object) -> None:
+    from fastmamba.hf.pieces import LEAST
+
+    if tokens is None:
+        return
+    if type(tokens) is not int or tokens < LEAST:
+        raise ValueError(f"prefill_chunk_tokens must be an integer of at least {LEAST}, or None, got {tokens!r}")
+    if not any(True for _ in _roots(model)):
+        raise ValueError(f"prefill_chunk_tokens cannot be used with {type(model).__name__}: it has no model to cut for")
 
 
 def _survey(model: object) -> list[_Layer]:

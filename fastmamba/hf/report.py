@@ -78,6 +78,24 @@ class BlockReport:
 
 
 @dataclass(frozen=True)
+class PiecesReport:
+    """What became of calls longer than `prefill_chunk_tokens`."""
+
+    model: str
+    """The class whose calls are cut."""
+    tokens: int
+    """The most tokens of a piece."""
+    cut: int = 0
+    """Calls that were cut."""
+    whole_calls: dict[str, int] = field(default_factory=dict)
+    """Calls that were longer and ran as they are, by reason."""
+
+    def __str__(self) -> str:
+        calls = [f"{count}x whole: {reason}" for reason, count in self.whole_calls.items()]
+        return "; ".join([f"calls of {self.model} cut into pieces of {self.tokens:,} tokens: {self.cut}", *calls])
+
+
+@dataclass(frozen=True)
 class Report:
     """The mixer layers of a model. `print` it for a table."""
 
@@ -89,6 +107,8 @@ class Report:
     """What became of one-token calls, for each model in it that takes them from CUDA graphs."""
     blocks: BlockReport | None = None
     """The layers around the mixers; None where scope="block" has nothing to do."""
+    pieces: tuple[PiecesReport, ...] = ()
+    """What became of long calls, for each model in it that cuts them."""
 
     @property
     def patched(self) -> int:
@@ -104,7 +124,7 @@ class Report:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         if self.layers:
             lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-        lines += map(str, (*([self.blocks] if self.blocks else []), *self.graphs))
+        lines += map(str, (*([self.blocks] if self.blocks else []), *self.pieces, *self.graphs))
         return "\n".join(line.rstrip() for line in lines)
 
 
