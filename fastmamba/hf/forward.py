@@ -6,6 +6,7 @@ import inspect
 import types
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -29,6 +30,16 @@ STEP_MASK = "one-token step with a mask"
 STATE_DEVICE = "cache on another device"
 
 _SCAN = "mamba2_chunk_scan"
+
+
+# Forwards that `mixer_scope` made, and what for.
+_plans: WeakKeyDictionary[Any, MixerPlan] = WeakKeyDictionary()
+
+
+def plan_of(mixer: Any) -> MixerPlan | None:
+    """The plan of the forward that `mixer_scope` made for a mixer; None where it runs another, or under accelerate."""
+    function = getattr(mixer.__dict__.get("forward"), "__func__", None)
+    return None if function is None else _plans.get(function)
 
 
 def mixer_scope(plan: MixerPlan) -> Callable[..., Tensor]:
@@ -57,6 +68,7 @@ def mixer_scope(plan: MixerPlan) -> Callable[..., Tensor]:
             return mixer_forward(self, plan, hidden_states, state, attention_mask)
         return _with_weights(hooked, mixer_forward, self, plan, hidden_states, state, attention_mask)
 
+    _plans[forward] = plan
     return forward
 
 

@@ -12,6 +12,7 @@ import threading
 import types
 from collections import Counter, OrderedDict
 from collections.abc import Callable
+from itertools import repeat
 from operator import getitem, is_
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -45,6 +46,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
 _BUSY = "another model is being recorded"
 _address = torch.Tensor.data_ptr
+# (tensors, addresses, indices): whether the tensors at the indices are at those addresses. In builds with CUDA.
+_same_addresses: Any = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
 
 
 class _Structure:
@@ -62,7 +65,7 @@ class _Structure:
             self._hooks += [module._forward_hooks, module._forward_pre_hooks]
             forwards.append(module.__dict__)
         self._owners, self._names = [owner for owner, _ in weights], [name for _, name in weights]
-        self._addresses = self._where()
+        self._addresses, self._all = self._where(), list(range(len(weights)))
         self._parents, self._keys, self._children = (list(column) for column in zip(*children, strict=True))
         self._dicts, self._forwards = forwards, [attributes.get("forward") for attributes in forwards]
         self._lengths = list(map(len, self._hooks)) if any(self._hooks) else None
@@ -70,14 +73,19 @@ class _Structure:
     def _where(self) -> list[int]:
         return list(map(_address, map(getitem, self._owners, self._names)))
 
+    def _stayed(self) -> bool:
+        if _same_addresses is None:
+            return self._where() == self._addresses
+        return _same_addresses(list(map(getitem, self._owners, self._names)), self._addresses, self._all)
+
     def holds(self) -> bool:
         """Whether all is as it was. This runs at every call: loops in C alone."""
         try:
             return (
-                self._where() == self._addresses
+                self._stayed()
                 and all(map(is_, map(getitem, self._parents, self._keys), self._children))
                 and (not any(self._hooks) if self._lengths is None else list(map(len, self._hooks)) == self._lengths)
-                and [attributes.get("forward") for attributes in self._dicts] == self._forwards
+                and list(map(dict.get, self._dicts, repeat("forward"))) == self._forwards
             )
         except (KeyError, RuntimeError):  # something is gone, or on the meta device
             return False
