@@ -181,3 +181,42 @@ def test_grouped_experts() -> None:
         results.append(torch.cat([run(model, ids(2, 1, seed), cache)[0] for seed in range(4)]))
     assert torch.equal(*results)
     assert graphs(fast).replays + sum(graphs(fast).eager_calls.values()) == 4
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_twenty_prompts_of_512_tokens(name: str) -> None:
+    """Greedy, one prompt at a time, with all that goes on in a server in between: not one token differs."""
+    eager, fast = pair(name)
+    _, other = pair(name, seed=3)
+    options = {"max_new_tokens": 512, "do_sample": False}
+    kept: dict[nn.Module, tuple[torch.Tensor, object]] = {}
+    for seed in range(20):
+        prompt = ids(1, 3 + 7 * seed, seed)
+        expected = eager.generate(prompt, **options)
+        assert torch.equal(fast.generate(prompt, **options), expected)
+        if seed % 4 == 0:  # another model, another batch size
+            other.generate(ids(1, 9, seed), **OPTIONS)
+            batch = ids(1 + seed // 4, 11, seed)
+            assert torch.equal(fast.generate(batch, **OPTIONS), eager.generate(batch, **OPTIONS))
+        if seed % 4 == 1:  # a generation that is broken off
+            with pytest.raises(InterruptedError):
+                fast.generate(prompt, stopping_criteria=[_broken_off], **options)
+        if seed % 4 == 2:  # a cache from before goes on, after others have run
+            for model in (eager, fast):
+                so_far, cache = kept.get(model, (prompt[:, :0], None))
+                past = {} if cache is None else {_cache_name(model): cache}
+                found = model.generate(torch.cat([so_far, prompt], 1), return_dict_in_generate=True, **past, **OPTIONS)
+                kept[model] = found.sequences, found.past_key_values
+            assert torch.equal(kept[fast][0], kept[eager][0])
+        assert torch.equal(fast.generate(prompt, **options), expected)
+    assert set(graphs(fast).eager_calls) == set()
+
+
+def _broken_off(input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
+    if input_ids.shape[1] % 97 == 0:
+        raise InterruptedError
+    return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def _cache_name(model: nn.Module) -> str:
+    return "cache_params" if type(model).__name__.startswith("Mamba2") else "past_key_values"
