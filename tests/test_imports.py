@@ -27,7 +27,7 @@ NOT_IMPORTED = {
 # Room -> the rooms that it may import from.
 MAY_IMPORT = {
     "__init__": {"hf"},
-    "hf": {"hf", "mixer", "ops"},
+    "hf": {"hf", "mixer", "step", "ops"},
     "mixer": {"step", "ops"},
     "step": {"mixer", "ops"},  # of the mixer, types alone
     "ops": {"ops", "kernels", "reference", "configs"},

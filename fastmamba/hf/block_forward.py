@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
+from fastmamba.hf.block_step import step
 from fastmamba.hf.handoff import leave, take
 from fastmamba.hf.report import count_original
 from fastmamba.ops import add_rms_norm, rms_norm, silu_and_mul
@@ -163,10 +164,15 @@ def mamba2_block_forward(backend: str) -> Callable[..., Tensor]:
             return _original(
                 self, reason, hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs
             )
+        sum_dtype = torch.float32 if self.residual_in_fp32 else None
+        if hidden_states.shape[1] == 1 and _plain(norm, hidden_states.device):
+            total = step(self.mixer, norm, hidden_states, cache_params, attention_mask, 1.0, sum_dtype)
+            if total is not None:
+                return total
         normed = _first_norm(norm, hidden_states, norm.weight.dtype, backend)
         x = self.mixer(normed, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
         del normed
-        return _finish(self, x, hidden_states, 1.0, torch.float32 if self.residual_in_fp32 else None, backend)
+        return _finish(self, x, hidden_states, 1.0, sum_dtype, backend)
 
     return forward
 
@@ -190,29 +196,37 @@ def granite_layer_forward(backend: str) -> Callable[..., Tensor]:
             return _original(
                 self, reason, hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
             )
-        normed = _first_norm(norm, hidden_states, None, backend)
-        if self.mamba is not None:
-            x = self.mamba(hidden_states=normed, cache_params=past_key_values, attention_mask=attention_mask, **kwargs)
-        else:
-            x, _ = self.self_attn(
-                hidden_states=normed,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                position_embeddings=position_embeddings,
-                **kwargs,
-            )
-        del normed
         factor = self.residual_multiplier
-        norm = self.post_attention_layernorm
-        if type(x) is Tensor and x.device == hidden_states.device and _plain(norm, x.device):
-            normed, hidden_states = add_rms_norm(
-                x, hidden_states, norm.weight, eps=norm.variance_epsilon, factor=factor, backend=backend
-            )
+        total = None
+        if self.mamba is not None and hidden_states.shape[1] == 1 and _plain(norm, hidden_states.device):
+            total = step(self.mamba, norm, hidden_states, past_key_values, attention_mask, factor, None)
+        if total is not None:
+            hidden_states, normed = total, self.post_attention_layernorm(total)
         else:
-            hidden_states = hidden_states + x * factor
-            normed = norm(hidden_states)
-        del x
+            normed = _first_norm(norm, hidden_states, None, backend)
+            if self.mamba is not None:
+                x = self.mamba(
+                    hidden_states=normed, cache_params=past_key_values, attention_mask=attention_mask, **kwargs
+                )
+            else:
+                x, _ = self.self_attn(
+                    hidden_states=normed,
+                    attention_mask=attention_mask,
+                    past_key_values=past_key_values,
+                    use_cache=use_cache,
+                    position_embeddings=position_embeddings,
+                    **kwargs,
+                )
+            del normed
+            norm = self.post_attention_layernorm
+            if type(x) is Tensor and x.device == hidden_states.device and _plain(norm, x.device):
+                normed, hidden_states = add_rms_norm(
+                    x, hidden_states, norm.weight, eps=norm.variance_epsilon, factor=factor, backend=backend
+                )
+            else:
+                hidden_states = hidden_states + x * factor
+                normed = norm(hidden_states)
+            del x
         if self.has_experts:
             x = self.block_sparse_moe(normed) + self.shared_mlp(normed)
         else:

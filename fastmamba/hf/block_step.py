@@ -45,7 +45,7 @@ def step(
     layer = cache_layer(cache, mixer.layer_idx)
     if layer is None:
         return None
-    state = CacheState(cache, layer, mixer.layer_idx, mixer.conv_kernel_size)
+    state: Any = CacheState(cache, layer, mixer.layer_idx, mixer.conv_kernel_size)
     if not can_step(hidden_states, state) or state.ssm.device != hidden_states.device:
         return None
     if sum_dtype is not None:
