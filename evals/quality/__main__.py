@@ -15,6 +15,7 @@ import inspect
 import itertools
 import json
 import os
+import shlex
 import sys
 import time
 import warnings
@@ -56,7 +57,12 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message=".*already-initialized model.*")
     console = Console(stderr=False, width=None if sys.stdout.isatty() else 200)
     device = torch.device(options.device)
-    result: dict[str, Any] = {"environment": environment.record(device), "rule": rules.__doc__, "models": []}
+    where = environment.record(device)
+    where["command"] = shlex.join(
+        ["python", "-m", "evals.quality", *(sys.argv[1:] if arguments is None else arguments)]
+    )
+    where["versions"]["lm_eval"] = environment.version("lm_eval")
+    result: dict[str, Any] = {"environment": where, "rule": rules.__doc__, "models": []}
     for name in models:
         result["models"].append(_evaluate(name, variants, options, device, console))
     result["broken"] = [line for model in result["models"] for line in model.pop("broken lines")]
