@@ -2,7 +2,8 @@
 #   make test    the tests, on the newest and on the lowest supported transformers
 #   make check   format, lint, types
 #   make demo    time prefill, original against patched: table, plot, JSON
-# Variables: PYTHON (>= 3.10), TORCH (what to give pip for torch), ARGS (passed to pytest or to the demo).
+#   make quality lm-eval and next-token distributions, original against patched: table, plot, JSON
+# Variables: PYTHON (>= 3.10), TORCH (what to give pip for torch), ARGS (passed to pytest, the demo or quality).
 
 PYTHON ?= python3
 # torch goes in first and pinned: resolved later, a looser requirement may fetch another build of several gigabytes.
@@ -20,10 +21,10 @@ PURELIB := import sysconfig; print(sysconfig.get_path("purelib"))
 TRITON := import torch, triton; print("" if torch.version.cuda else "triton==$(LOWEST_TRITON) numpy<2.4")
 
 .DELETE_ON_ERROR:
-.PHONY: help test check demo clean
+.PHONY: help test check demo quality clean
 
 help:
-	@sed -n '2,6s/^# \{0,1\}//p' Makefile
+	@sed -n '2,7s/^# \{0,1\}//p' Makefile
 
 # Two workers of one thread each are faster than one of two threads.
 test: $(VENV)/test.stamp $(LOWEST)/stamp
@@ -38,6 +39,9 @@ check: $(VENV)/dev.stamp
 demo: $(VENV)/demo.stamp
 	$(VENV)/bin/python examples/prefill_timing.py $(ARGS)
 
+quality: $(VENV)/evals.stamp
+	$(VENV)/bin/python -m evals.quality $(ARGS)
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info
 
@@ -47,7 +51,7 @@ $(VENV)/torch.stamp:
 	$(PIP) '$(TORCH)'
 	@touch $@
 
-# demo, test, dev: the extra of that name in pyproject.toml.
+# demo, evals, test, dev: the extra of that name in pyproject.toml.
 $(VENV)/%.stamp: pyproject.toml $(VENV)/torch.stamp
 	$(PIP) --editable '.[$*]'
 	@touch $@
