@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,21 +19,25 @@ class SsdConfig:
     """How the SSD is launched."""
 
     variant: str
-    """Which kernel: "portable" is the one in Triton."""
+    """Which kernel: "hopper" is the one for NVIDIA's H100 and H200, "portable" the one for every GPU."""
     chunk: int
     """Q, tokens per chunk."""
-    chunks_per_segment: int
-    """Chunks that one block walks before another takes over."""
+    segments: int
+    """Parts of a sequence that blocks work on at the same time."""
     block_p: int
-    """Head channels per block."""
+    """Head channels per block (portable)."""
+    block_slices: int
+    """Slices of 64 channels per block, 1 or 2 (Hopper)."""
     block_n: int
     """State channels, rounded up to a power of two."""
     rows: int
-    """Chunks discretized at once in the prologue."""
+    """Chunks discretized at once in the prologue (portable)."""
     precision: str
     """`input_precision` of the matrix products."""
     warps: int
+    """Warps of a block; in the Hopper variant those of one role."""
     stages: int
+    """Chunks that are loaded ahead."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +78,35 @@ def override(forced: SsdConfig | str) -> Iterator[None]:
         _forced.reset(token)
 
 
+@functools.cache
 def ssd_variants(device: torch.device) -> tuple[str, ...]:
-    """The variants of the SSD that can run on a device."""
-    return ("portable",)
+    """The variants of the SSD that can run on a device, the preferred one first."""
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) != (9, 0):
+        return ("portable",)
+    try:
+        gluon = importlib.util.find_spec("triton.experimental.gluon.nvidia.hopper")
+    except ModuleNotFoundError:
+        gluon = None
+    return ("portable",) if gluon is None else ("hopper", "portable")
+
+
+def ssd_variant(device: torch.device, dtype: torch.dtype, head_dim: int, state: int) -> str:
+    """The variant that serves a shape, given activations laid out as a model's are."""
+    return _suited(ssd_variants(device), dtype, head_dim, state, None, True)[0]
+
+
+def _suited(
+    variants: tuple[str, ...], dtype: torch.dtype, head_dim: int, state: int, chunk_size: int | None, regular: bool
+) -> tuple[str, ...]:
+    """Those of `variants` that cover a shape."""
+    hopper = (
+        regular
+        and dtype in (torch.bfloat16, torch.float16)
+        and head_dim % _HOPPER_CHUNK == 0
+        and state in (64, 128)
+        and (chunk_size is None or chunk_size >= _HOPPER_CHUNK)
+    )
+    return variants if hopper else tuple(variant for variant in variants if variant != "hopper")
 
 
 def ssd_config(
@@ -87,19 +118,23 @@ def ssd_config(
     head_dim: int,
     state: int,
     chunk_size: int | None,
+    *,
+    groups: int = 1,
+    regular: bool = True,
 ) -> SsdConfig:
     """How to launch the SSD on a shape: by the device's table, else by a heuristic; `chunk_size` bounds the chunk.
 
-    Two look-ups in all: one of `override`, one of what was chosen before. A launcher that keeps launches of its own has
-    to keep them by the configuration.
+    `regular` says that x, B, C and z are laid out as the Hopper variant needs them. Two look-ups in all: one of
+    `override`, one of what was chosen before. A launcher that keeps launches of its own has to keep them by the
+    configuration.
 
     Raises:
-        ValueError: where `override` names a variant that the device does not have.
+        ValueError: where `override` names a variant that the device does not have or that does not cover the shape.
     """
     forced = _forced.get()
     if isinstance(forced, SsdConfig):
         return forced
-    return _choose(device, dtype, batch, tokens, heads, head_dim, state, chunk_size, forced)
+    return _choose(device, dtype, batch, tokens, heads, head_dim, state, chunk_size, groups, regular, forced)
 
 
 @functools.lru_cache(maxsize=512)
@@ -112,11 +147,18 @@ def _choose(
     head_dim: int,
     state: int,
     chunk_size: int | None,
+    groups: int,
+    regular: bool,
     variant: str | None,
 ) -> SsdConfig:
     variants = ssd_variants(device)
     if variant is not None and variant not in variants:
         raise ValueError(f"variant {variant!r} of the SSD cannot run on {device}, which has {', '.join(variants)}")
+    variants = _suited(variants, dtype, head_dim, state, chunk_size, regular)
+    if variant is not None and variant not in variants:
+        raise ValueError(
+            f"variant {variant!r} of the SSD does not cover this call, which {', '.join(variants)} can serve"
+        )
     if chunk_size is None and device.type == "cuda":  # a table knows the best chunk, not the best one under a bound
         entries = tuned.entries(torch.cuda.get_device_name(device), "ssd", SsdConfig)
         shape = tuned.Shape(str(dtype).removeprefix("torch."), batch, tokens, heads, head_dim, state)
@@ -124,10 +166,61 @@ def _choose(
         found = tuned.nearest(entries, shape, lambda config: config.variant in allowed)
         if found is not None:
             return found.config
-    return _heuristic(device, dtype, batch, tokens, heads, head_dim, state, chunk_size)
+    if (variant or variants[0]) == "hopper":
+        slices = heads * head_dim // _HOPPER_CHUNK
+        chunks = -(-tokens // _HOPPER_CHUNK)
+        segments, block_slices = _hopper_split(
+            batch * groups, slices // groups, chunks, _limits(device).multiprocessors
+        )
+        return SsdConfig(
+            variant="hopper",
+            chunk=_HOPPER_CHUNK,
+            segments=segments,
+            block_p=_HOPPER_CHUNK * block_slices,
+            block_slices=block_slices,
+            block_n=state,
+            rows=4,
+            precision="tf32",
+            warps=4,
+            stages=3 if block_slices == 2 else 4,
+        )
+    return _portable(device, dtype, batch, tokens, heads, head_dim, state, chunk_size)
 
 
-def _heuristic(
+_HOPPER_CHUNK = 64
+"""Tokens of a chunk, and channels of a slice, of the Hopper variant."""
+
+_SUMMING = 0.4
+"""What a chunk costs in a segment's first pass, of what it costs in the second."""
+
+_START = 4.5
+"""What a block costs besides, in chunks."""
+
+_HANDOVER = 1.0
+"""What a segment waits for the state of the one before it, in chunks."""
+
+_ALONE = 0.65
+"""What a chunk costs a block of one slice, of what it costs a block of two."""
+
+
+def _hopper_split(rows: int, slices: int, chunks: int, multiprocessors: int) -> tuple[int, int]:
+    """Into how many segments to split a sequence, and how many slices to give a block, alone on its multiprocessor.
+
+    The costs were measured on an H100. `rows` are the groups of all sequences.
+    """
+
+    def cost(choice: tuple[int, int]) -> float:
+        segments, block_slices = choice
+        walk = chunks if segments == 1 else (1 + _SUMMING) * -(-chunks // segments)
+        waves = -(-rows * -(-slices // block_slices) * segments // multiprocessors)
+        handed = min(segments, multiprocessors) - 1  # in the first wave: later ones find their states ready
+        return waves * ((walk if block_slices == 2 else walk * _ALONE) + _START) + handed * _HANDOVER
+
+    most = max(1, min(chunks // 4, 64))
+    return min(((segments, each) for each in (2, 1) for segments in range(1, most + 1)), key=cost)
+
+
+def _portable(
     device: torch.device,
     dtype: torch.dtype,
     batch: int,
@@ -156,8 +249,9 @@ def _heuristic(
     return SsdConfig(
         variant="portable",
         chunk=chunk,
-        chunks_per_segment=per_segment,
+        segments=-(-chunks // per_segment),
         block_p=block_p,
+        block_slices=1,
         block_n=block_n,
         rows=16,
         precision="bf16x6" if full else "tf32",

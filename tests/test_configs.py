@@ -125,8 +125,11 @@ def test_tables_that_ship_can_be_used():
 def h200(monkeypatch):
     """A device that looks like an H200 to the lookup."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    configs.ssd_variants.cache_clear()
     monkeypatch.setattr(configs, "_limits", lambda device: configs._Limits(132, 227 * 1024))
-    return torch.device("cuda", 0)
+    yield torch.device("cuda", 0)
+    configs.ssd_variants.cache_clear()
 
 
 def choose(device: torch.device, tokens: int = 16384, chunk_size: int | None = None) -> SsdConfig:

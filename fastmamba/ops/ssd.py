@@ -12,6 +12,9 @@ from fastmamba.ops._dispatch import resolve_backend
 from fastmamba.ops._library import register
 from fastmamba.reference.ssd import ssd as reference_ssd
 
+PRECISIONS = ("exact", "relaxed")
+"""What a `precision` argument may be."""
+
 
 def ssd(
     x: Tensor,
@@ -28,6 +31,7 @@ def ssd(
     dt_limit: tuple[float, float] = (0.0, math.inf),
     return_final_states: bool = False,
     chunk_size: int | None = None,
+    precision: str = "exact",
     state_dtype: torch.dtype = torch.float32,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -56,6 +60,8 @@ def ssd(
         return_final_states: also return the state after the last token.
         chunk_size: tokens per chunk, a power of two from 16 to 256; None lets the backend choose. The Triton kernel
             takes smaller chunks where such ones do not fit the GPU's shared memory.
+        precision: "exact" keeps in float32 what the kernels of mamba_ssm keep in float32; "relaxed" lets the Triton
+            kernels multiply decays and scores in the dtype of x, as the PyTorch blog's fused kernel does.
         state_dtype: dtype in which the Triton kernel hands states from one part of the sequence to the next: float32 or
             the dtype of x.
         backend: "auto", "triton" or "torch".
@@ -67,7 +73,7 @@ def ssd(
     Raises:
         TypeError: an argument that is not a tensor where one is needed.
         ValueError: shapes, dtypes or devices that do not fit, an empty input, a bad `dt_limit`, `chunk_size`,
-            `state_dtype` or `backend`.
+            `precision`, `state_dtype` or `backend`.
         RuntimeError: backend="triton" where it cannot run.
     """
     check_input("x", x, 4, "(B, T, H, P)")
@@ -92,6 +98,8 @@ def ssd(
     dt_min, dt_max = _check_dt_limit(dt_limit)
     if chunk_size is not None and chunk_size not in (16, 32, 64, 128, 256):
         raise ValueError(f"chunk_size must be 16, 32, 64, 128, 256 or None, got {chunk_size!r}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}")
     if state_dtype not in (torch.float32, x.dtype):
         raise ValueError(f"state_dtype must be torch.float32 or the dtype of x ({x.dtype}), got {state_dtype!r}")
     backend = resolve_backend(backend, device)
@@ -107,7 +115,7 @@ def ssd(
     else:
         run = torch.ops.fastmamba.ssd if torch.compiler.is_compiling() else _run
         y, final_states = run(
-            *arguments, dt_softplus, dt_min, dt_max, return_final_states, chunk_size, state_dtype, backend
+            *arguments, dt_softplus, dt_min, dt_max, return_final_states, chunk_size, precision, state_dtype, backend
         )
     return (y, final_states) if return_final_states else y
 
@@ -137,6 +145,7 @@ def _run(
     dt_max: float,
     return_final_states: bool,
     chunk_size: int | None,
+    precision: str,
     state_dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
@@ -144,7 +153,7 @@ def _run(
     if backend == "triton":
         from fastmamba.kernels.ssd import ssd as kernel
 
-        return kernel(*arguments, return_final_states, chunk_size, state_dtype)
+        return kernel(*arguments, return_final_states, chunk_size, state_dtype, precision == "relaxed")
     y, final_states = reference_ssd(*arguments, chunk_size)
     return y, final_states if return_final_states else final_states.new_empty(0)
 
@@ -164,6 +173,7 @@ def _fake(
     dt_max: float,
     return_final_states: bool,
     chunk_size: int | None,
+    precision: str,
     state_dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
@@ -176,7 +186,7 @@ def _fake(
 register(
     "ssd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
     "Tensor? initial_states, bool dt_softplus, float dt_min, float dt_max, bool return_final_states, "
-    "int? chunk_size, ScalarType state_dtype, str backend) -> (Tensor, Tensor)",
+    "int? chunk_size, str precision, ScalarType state_dtype, str backend) -> (Tensor, Tensor)",
     _run,
     _fake,
 )

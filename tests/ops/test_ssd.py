@@ -50,6 +50,18 @@ def test_handing_states_over_in_half_precision(backend: str, device: torch.devic
     assert relative_error(half, oracle) <= 2 * relative_error(exact, oracle)
 
 
+@pytest.mark.parametrize("backend", ["triton"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_relaxed_precision_costs_a_few_roundings(dtype: torch.dtype, backend: str, device: torch.device) -> None:
+    case = ssd_case(1, 130, 2, 16, 1, 16, dtype=dtype, device=device, chunk_size=32)
+    exact, _ = ssd(*case.arguments(), **case.keywords(), backend=backend)
+    relaxed, _ = ssd(*case.arguments(), **case.keywords(), precision="relaxed", backend=backend)
+    oracle, _ = case.oracle()
+    assert not torch.equal(relaxed, exact)
+    # scores, decays and their product are each rounded where only the product was
+    assert relative_error(relaxed, oracle) <= 3 * relative_error(exact, oracle)
+
+
 def test_two_calls_continue_one_another(backend: str, device: torch.device) -> None:
     case = ssd_case(2, 90, 4, 16, 2, 32, device=device, initial=True)
     y, final = ssd(*case.arguments(), **case.keywords(), backend=backend)
@@ -100,7 +112,7 @@ def test_gradients_come_from_the_torch_backend() -> None:
 
 def test_the_registered_op(backend: str, device: torch.device) -> None:
     case = ssd_case(1, 20, 2, 16, 1, 16, device=device)
-    arguments = (*case.arguments(), True, 0.0, math.inf, True, 16, torch.float32, backend)
+    arguments = (*case.arguments(), True, 0.0, math.inf, True, 16, "exact", torch.float32, backend)
     torch.library.opcheck(torch.ops.fastmamba.ssd.default, arguments)
 
 
@@ -133,6 +145,7 @@ def _bad(**changes: object) -> dict[str, object]:
         ({"dt_limit": (math.nan, 1.0)}, "dt_limit must be"),
         ({"dt_limit": 3}, "dt_limit must be"),
         ({"chunk_size": 48}, "chunk_size must be"),
+        ({"precision": "fast"}, "precision must be one of 'exact', 'relaxed', got 'fast'"),
         ({"state_dtype": torch.float16}, "state_dtype must be"),
         ({"backend": "cuda"}, "backend must be one of auto, triton, torch"),
     ],

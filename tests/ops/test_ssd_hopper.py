@@ -1,0 +1,138 @@
+"""The Hopper variant of the SSD: every form of call it takes, against the float64 oracle."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import pytest
+import torch
+
+from fastmamba.configs import override, ssd_config, ssd_variants
+from fastmamba.ops import ssd
+from fastmamba.testing import SsdCase, assert_golden, relative_error, ssd_case
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _needs_hopper() -> None:
+    if "hopper" not in ssd_variants(torch.device("cuda", 0)):
+        pytest.skip("needs an H100 or H200")
+
+
+def aligned(case: SsdCase) -> SsdCase:
+    """A gate in rows of a multiple of 16 bytes, as every model has them; an odd number of heads here breaks that."""
+    if case.z is not None:
+        case.z = case.z.contiguous()
+    return case
+
+
+def random_case(seed: int) -> SsdCase:
+    draw = random.Random(seed)
+    groups = draw.choice((1, 1, 2, 4))
+    case = ssd_case(
+        batch=draw.choice((1, 1, 2, 3)),
+        tokens=draw.choice((1, 2, 31, 63, 64, 65, 128, 200, 511, 1000, 2500)),
+        heads=groups * draw.choice((1, 2, 3, 5, 8)),
+        head_dim=draw.choice((64, 64, 128)),
+        groups=groups,
+        state=draw.choice((64, 128, 128)),
+        dtype=draw.choice((torch.float16, torch.bfloat16)),
+        device="cuda",
+        seed=seed,
+        per_channel_d=draw.random() < 0.3,
+        skip=draw.random() < 0.7,
+        gate=draw.random() < 0.4,
+        bias=draw.random() < 0.8,
+        initial=draw.random() < 0.5,
+        dt_softplus=draw.random() < 0.8,
+        dt_limit=draw.choice(((0.0, float("inf")), (0.0, float("inf")), (0.01, 0.1), (0.001, float("inf")))),
+    )
+    return aligned(case)
+
+
+def run(case: SsdCase, segments: int | None = None, **keywords: object) -> tuple[torch.Tensor, torch.Tensor]:
+    """The Hopper variant; `segments` overrules how many parts the sequence is split into."""
+    batch, tokens, heads, head_dim = case.x.shape
+    groups, state = case.B.shape[2:]
+    config = ssd_config(case.x.device, case.x.dtype, batch, tokens, heads, head_dim, state, None, groups=groups)
+    assert config.variant == "hopper"
+    if segments is not None:
+        config = dataclasses.replace(config, segments=segments)
+    # what an output that is not written would hold
+    poison = [torch.full_like(case.x, torch.nan) for _ in range(2)]
+    del poison
+    with override(config):
+        return ssd(*case.arguments(), **case.keywords(), backend="triton", **keywords)  # type: ignore[arg-type]
+
+
+def check(case: SsdCase, segments: int | None = None) -> None:
+    y, final = run(case, segments)
+    assert y.dtype == case.x.dtype and y.is_contiguous() and final.dtype == torch.float32
+    (y_oracle, final_oracle), (y_plain, final_plain) = case.oracle(), case.plain()
+    assert_golden(y, y_plain, y_oracle, what=f"y of {case}")
+    assert_golden(final, final_plain, final_oracle, what=f"final states of {case}")
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_cases(seed: int) -> None:
+    check(random_case(seed))
+
+
+@pytest.mark.parametrize("segments", [2, 3, 7])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_split_sequences(segments: int, dtype: torch.dtype) -> None:
+    check(aligned(ssd_case(2, 999, 3, 64, 1, 128, dtype=dtype, device="cuda", initial=True, gate=True)), segments)
+
+
+def test_more_blocks_than_the_gpu_holds_at_once() -> None:
+    case = ssd_case(2, 2000, 40, 64, 1, 128, dtype=torch.bfloat16, device="cuda", initial=True)
+    check(case, 9)
+
+
+def test_the_variants_agree() -> None:
+    case = ssd_case(1, 5000, 80, 64, 1, 128, dtype=torch.bfloat16, device="cuda")
+    y, final = run(case)
+    with override("portable"):
+        other_y, other_final = ssd(*case.arguments(), **case.keywords(), backend="triton")
+    assert relative_error(y, other_y) < torch.finfo(torch.bfloat16).eps
+    assert relative_error(final, other_final) < torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_relaxed_precision_costs_a_few_roundings(dtype: torch.dtype) -> None:
+    case = ssd_case(1, 500, 4, 64, 1, 128, dtype=dtype, device="cuda")
+    oracle, _ = case.oracle()
+    exact, relaxed = (run(case, precision=precision)[0] for precision in ("exact", "relaxed"))
+    assert not torch.equal(relaxed, exact)
+    assert relative_error(relaxed, oracle) <= 3 * relative_error(exact, oracle)
+
+
+@pytest.mark.parametrize("segments", [1, 5])
+def test_handing_states_over_in_half_precision(segments: int) -> None:
+    case = ssd_case(1, 999, 2, 64, 1, 128, dtype=torch.bfloat16, device="cuda")
+    case.A = case.A / 100  # so that what is handed over matters
+    oracle, _ = case.oracle()
+    exact, half = (run(case, segments, state_dtype=dtype)[0] for dtype in (torch.float32, torch.bfloat16))
+    assert torch.equal(exact, half) == (segments == 1)
+    assert relative_error(half, oracle) <= 2 * relative_error(exact, oracle)
+
+
+def test_a_strong_decay_underflows_without_nan() -> None:
+    case = ssd_case(1, 300, 2, 64, 1, 128, dtype=torch.bfloat16, device="cuda")
+    case.A = case.A * 1e4
+    check(case)
+
+
+def test_what_the_copy_engine_cannot_read_goes_to_the_portable_kernel() -> None:
+    case = ssd_case(1, 100, 2, 64, 1, 128, dtype=torch.bfloat16, device="cuda")
+    spread = torch.full((*case.x.shape, 2), torch.nan, device="cuda", dtype=torch.bfloat16)
+    spread[..., 0] = case.x
+    case.x = spread[..., 0]
+    y, final = ssd(*case.arguments(), **case.keywords(), backend="triton")
+    (y_oracle, final_oracle), (y_plain, final_plain) = case.oracle(), case.plain()
+    assert_golden(y, y_plain, y_oracle)
+    assert_golden(final, final_plain, final_oracle)
+    with override("hopper"), pytest.raises(ValueError, match="variant 'hopper' of the SSD does not cover this call"):
+        ssd(*case.arguments(), **case.keywords(), backend="triton")
