@@ -51,8 +51,28 @@ def _ours(variant: str, precision: str, name_it: bool) -> Contender:
         result: Any = ssd(*case.arguments(), **case.keywords(), **options, backend="triton")
         return result
 
+    def prepare(case: SsdCase) -> tuple[SsdCase | None, str]:
+        try:
+            config(case, variant)
+        except ValueError as error:
+            return None, str(error)
+        return case, ""
+
     name = f"{variant}, {precision}" if name_it else variant
-    return Contender(name, call, ours=True, scope=lambda: configs.override(variant))
+    return Contender(name, call, ours=True, prepare=prepare, scope=lambda: configs.override(variant))
+
+
+def config(case: SsdCase, variant: str | None = None) -> configs.SsdConfig:
+    """The configuration that serves a case, in a given variant.
+
+    Raises:
+        ValueError: the variant does not cover the case.
+    """
+    batch, tokens, heads, head_dim = case.x.shape
+    groups, state = case.B.shape[2:]
+    size = (batch, tokens, heads, head_dim, state, case.chunk_size)
+    with contextlib.nullcontext() if variant is None else configs.override(variant):
+        return configs.ssd_config(case.x.device, case.x.dtype, *size, groups=groups)
 
 
 def five_kernels() -> ModuleType | None:

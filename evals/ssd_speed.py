@@ -33,9 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # evals is not ins
 from evals import environment  # noqa: E402
 from evals.gpu_timing import Timer, ceilings  # noqa: E402
 from evals.ssd_check import allowed, errors  # noqa: E402
-from evals.ssd_contenders import Contender, contenders  # noqa: E402
+from evals.ssd_contenders import Contender, config, contenders  # noqa: E402
 from evals.ssd_grid import GRID, MAMBA2_2B7, QUICK, Shape  # noqa: E402
-from fastmamba import configs  # noqa: E402
 from fastmamba.testing import SsdCase  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -111,7 +110,7 @@ def measure(options: argparse.Namespace) -> int:
     for shape in record["skipped"]:
         console.print(f"not measured, out of time: {shape}")
     draw(record, options.output.with_suffix(".png"))
-    wrong = [row for row in record["rows"] for name in record["ours"] if row[name]["status"] != "ok"]
+    wrong = [row for row in record["rows"] for name in record["ours"] if row[name]["status"] in ("wrong", "failed")]
     if wrong:
         console.print(f"{len(wrong)} of our results are wrong or failed")
     return 1 if wrong else 0
@@ -148,8 +147,8 @@ def measure_shape(
                 poison(taken)
                 results.append(rival.call(taken))
                 torch.cuda.synchronize()
-            if rival.ours:
-                found["config"] = vars(chosen(rival, taken))
+                if rival.ours:
+                    found["config"] = vars(config(taken))
         except Exception as error:  # a peer may not take this shape, and the others are still to be timed
             found |= {"status": "failed", "error": f"{type(error).__name__}: {error}"[:500]}
             continue
@@ -175,14 +174,6 @@ def poison(case: SsdCase) -> None:
     del block
 
 
-def chosen(rival: Contender, case: SsdCase) -> configs.SsdConfig:
-    """The configuration that one of ours ran with."""
-    batch, tokens, heads, head_dim = case.x.shape
-    with rival.scope():
-        size = (batch, tokens, heads, head_dim, case.B.shape[3])
-        return configs.ssd_config(case.x.device, case.x.dtype, *size, case.chunk_size)
-
-
 def compile_beforehand(workers: int, shapes: list[Shape], dtype: str) -> None:
     """Fill Triton's cache with what the peers' autotuners try, several at a time: they compile one by one."""
     if workers:
@@ -196,7 +187,8 @@ def compile_beforehand(workers: int, shapes: list[Shape], dtype: str) -> None:
 def progress(row: dict[str, Any]) -> str:
     """One shape in one line, as soon as it is there."""
     parts = [
-        f"{name} {cell['gpu']['median_ms']:.3f} ms{'' if cell['status'] == 'ok' else ' ' + cell['status'].upper()}"
+        f"{name} {cell['gpu']['median_ms']:.3f} ms, errs {cell['errors'][0]:.1e}"
+        f"{'' if cell['status'] == 'ok' else ' ' + cell['status'].upper()}"
         if "gpu" in cell
         else f"{name} {cell['status']}"
         for name, cell in row.items()

@@ -2,9 +2,9 @@
 
 A table lies beside this file, or in the folder that the environment variable FASTMAMBA_TUNED names, which comes first:
 
-    {"device": "NVIDIA H200", "measured": {date, command, versions}, "ssd": [
+    {"device": "NVIDIA H200", "ssd": [
         {"shape": {"dtype": "bfloat16", "batch": 1, "tokens": 16384, "heads": 80, "head_dim": 64, "state": 128},
-         "config": {every field of SsdConfig}, "us": 253.1}]}
+         "config": {every field of SsdConfig}, "us": 253.1, "measured": {date, command, versions}}]}
 """
 
 from __future__ import annotations

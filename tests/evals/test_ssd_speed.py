@@ -88,7 +88,6 @@ class CpuTimer:
 
 def test_wrong_is_said_and_failing_does_not_stop_the_others(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
-    monkeypatch.setattr(ssd_speed, "chosen", lambda rival, case: ssd_speed.configs.SsdConfig)
     shape = ssd_speed.Shape("small", 1, 96, 2, 16, 1, 16)
 
     def fails(case):
