@@ -4,7 +4,7 @@
 
 A line is what an implementation does with the numbers: states between chunks in float32 or in the dtype of x, precision
 exact or relaxed. It has the share of elements of y that match mamba_ssm's (chunk 256, the same state dtype) at
-atol = rtol = 0, 1e-3 and 1e-2, and what both err against float64. "chunk 64" is mamba_ssm itself at another chunk size:
+atol = rtol = 0, 1e-3 and 1e-2, and what both err against float64. "mamba_ssm chunk 64" is itself at another chunk size:
 how well two correct implementations that sum in another order match. mamba_ssm's kernels run untuned here, each in the
 cheapest of its configurations.
 
@@ -19,8 +19,10 @@ import contextlib
 import dataclasses
 import json
 import math
+import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -42,6 +44,9 @@ from fastmamba.testing import SsdCase  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCES = (0.0, 1e-3, 1e-2)
+DATA = ("init", "article")
+CONTROL = "mamba_ssm chunk 64"
+PRECISIONS = ("exact", "relaxed")
 
 
 def main() -> int:
@@ -50,35 +55,59 @@ def main() -> int:
         epilog=(__doc__ or "").partition("\n\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--heads", type=int, default=80)
     parser.add_argument("--dtypes", default="bf16,fp16", help="comma separated (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--processes", type=int, default=4, help="that compile and run at a time (default: %(default)s)"
+    )
     parser.add_argument("--output", type=Path, default=Path("results/ssd_accuracy.json"))
+    parser.add_argument("--part", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device")
     if five_kernels() is None:
         parser.error("needs mamba_ssm, which it compares with")
-
-    for tuner in autotuners():
-        tuner.configs = [min(tuner.configs, key=shared_memory)]
     device = torch.device("cuda", torch.cuda.current_device())
     shape = Shape("Mamba2-2.7B", 1, options.tokens, options.heads)
+    if options.part:
+        dtype, what = options.part.split(",")
+        print(json.dumps(measure(shape, dtype, what, options.seed, device)))
+        return 0
+
+    parts = [CONTROL, *(f"{variant} {p}" for variant in configs.ssd_variants(device) for p in PRECISIONS)]
+    jobs = [(dtype, what) for dtype in options.dtypes.split(",") for what in parts]
+    command = [sys.executable, __file__, "--tokens", str(options.tokens), "--heads", str(options.heads)]
+    command += ["--seed", str(options.seed)]
+
+    def run(job: tuple[str, str]) -> dict[str, list[dict[str, Any]]]:
+        done = subprocess.run([*command, "--part", ",".join(job)], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(job)}: {done.stderr.strip()[-1000:]}")
+        return json.loads(done.stdout.splitlines()[-1])
+
+    with ThreadPoolExecutor(options.processes) as pool:
+        found = dict(zip(jobs, pool.map(run, jobs), strict=True))
     record: dict[str, Any] = {"environment": environment.record(device), "shape": vars(shape), "tables": []}
-    console = Console(width=200)
+    console = Console(width=150)
     console.print(environment.one_line(record["environment"]), soft_wrap=True)
-    for data in ("init", "article"):
-        for name in options.dtypes.split(","):
-            case = shape.case(DTYPES[name], device, options.seed)
-            if data == "article":
-                case = article_inputs(case, options.seed)
-            columns = compare(case, configs.ssd_variants(device))
-            record["tables"].append({"data": data, "dtype": name, "columns": columns})
-            console.print(table(f"{data} inputs, {name}, {shape.label}, {shape.tokens:,} tokens", columns))
+    for data in DATA:
+        for dtype in options.dtypes.split(","):
+            lines = [line for what in parts for line in found[dtype, what][data]]
+            record["tables"].append({"data": data, "dtype": dtype, "lines": lines})
+            console.print(table(f"{data} inputs, {dtype}, {shape.label}, {shape.tokens:,} tokens", lines))
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(record, indent=1))
     return 0
+
+
+def measure(shape: Shape, dtype: str, what: str, seed: int, device: torch.device) -> dict[str, list[dict[str, Any]]]:
+    """Some lines of a dtype's tables, by the kind of inputs: the control's, or those of a variant and precision."""
+    for tuner in autotuners():
+        tuner.configs = [min(tuner.configs, key=shared_memory)]
+    case = shape.case(DTYPES[dtype], device, seed)
+    return {data: compare(case if data == "init" else article_inputs(case, seed), what) for data in DATA}
 
 
 def shared_memory(config: Any) -> int:
@@ -102,30 +131,27 @@ def article_inputs(case: SsdCase, seed: int) -> SsdCase:
     )
 
 
-def compare(case: SsdCase, variants: tuple[str, ...]) -> list[dict[str, Any]]:
-    """One column for each variant, precision and state dtype, and the control."""
-    half = case.x.dtype
-    originals = {state: original(case, state) for state in (torch.float32, half)}
-    made: list[tuple[str, torch.dtype, tuple[Tensor, Tensor]]] = [
-        (f"chunk 64, {_name(state)} states", state, original(case, state, chunk=64)) for state in (torch.float32, half)
-    ]
-    for variant in variants:
-        for precision in ("exact", "relaxed"):
-            for state in (torch.float32, half):
-                with configs.override(variant):
-                    options: dict[str, Any] = case.keywords() | {"state_dtype": state, "precision": precision}
-                    result: Any = ssd(*case.arguments(), **options, backend="triton")
-                made.append((f"{variant}, {_name(state)} states, {precision}", state, result))
-    off = errors(case, [*originals.values(), *(result for *_, result in made)])
-    theirs = dict(zip(originals, off[: len(originals)], strict=True))
+def compare(case: SsdCase, what: str) -> list[dict[str, Any]]:
+    """A line for each dtype of the states."""
+    dtypes = (torch.float32, case.x.dtype)
+    originals = [original(case, dtype) for dtype in dtypes]
+    if what == CONTROL:
+        results = [original(case, dtype, chunk=64) for dtype in dtypes]
+    else:
+        variant, precision = what.split()
+        with configs.override(variant):
+            call: Any = ssd
+            options = [case.keywords() | {"state_dtype": dtype, "precision": precision} for dtype in dtypes]
+            results = [call(*case.arguments(), **some, backend="triton") for some in options]
+    off = errors(case, [*originals, *results])
     return [
         {
-            "column": name,
-            "match": {tolerance: match(result[0], originals[state][0], tolerance) for tolerance in TOLERANCES},
-            "error": dict(zip(("y", "states"), error, strict=True)),
-            "original_error": dict(zip(("y", "states"), theirs[state], strict=True)),
+            "line": f"{what}, {_name(dtype)} states",
+            "match": {str(tolerance): match(results[i][0], originals[i][0], tolerance) for tolerance in TOLERANCES},
+            "error": dict(zip(("y", "states"), off[2 + i], strict=True)),
+            "original_error": dict(zip(("y", "states"), off[i], strict=True)),
         }
-        for (name, state, result), error in zip(made, off[len(originals) :], strict=True)
+        for i, dtype in enumerate(dtypes)
     ]
 
 
@@ -161,18 +187,18 @@ def states_in(ssd_combined: Any, dtype: torch.dtype) -> Iterator[None]:
         yield
 
 
-def table(title: str, columns: list[dict[str, Any]]) -> Table:
+def table(title: str, lines: list[dict[str, Any]]) -> Table:
     out = Table(title=title, title_justify="left")
     for header in ("", *(f"match at {tolerance:g}" for tolerance in TOLERANCES)):
         out.add_column(header, justify="right" if header else "left")
     for what in ("y", "states"):
         out.add_column(f"error of {what}", justify="right")
         out.add_column("original's", justify="right")
-    for column in columns:
-        cells = [f"{100 * share:.3f}%" for share in column["match"].values()]
+    for line in lines:
+        cells = [f"{100 * share:.3f}%" for share in line["match"].values()]
         for what in ("y", "states"):
-            cells += [f"{column[error][what]:.2e}" for error in ("error", "original_error")]
-        out.add_row(column["column"], *cells)
+            cells += [f"{line[error][what]:.2e}" for error in ("error", "original_error")]
+        out.add_row(line["line"], *cells)
     return out
 
 
