@@ -52,10 +52,16 @@ def _parts(model: nn.Module) -> Iterator[_Part]:
             slot = slot_of(module)
             binding = binding_in(module, slot)
             reason = "" if binding is not None else why_alone(module, cls, module.__dict__.get(slot))
-            if kind == "mlp" and not isinstance(getattr(module, "activation", None), nn.SiLU):
+            if kind == "mlp" and not is_silu(getattr(module, "activation", None)):
                 reason = "its activation is not silu"
             yield _Part(module, kind, slot, binding, reason)
             break
+
+
+def is_silu(module: object) -> bool:
+    """Whether an activation is SiLU: torch's module, or transformers' own class for the name "silu"."""
+    cls = type(module)
+    return cls is nn.SiLU or (cls.__module__, cls.__qualname__) == ("transformers.activations", "SiLUActivation")
 
 
 @functools.cache

@@ -174,3 +174,21 @@ def test_other_scopes_leave_layers_alone(variant: nn.Module) -> None:
     with fastmamba.patched(variant):
         assert "forward" in layers(variant)[0].__dict__
     assert "forward" not in layers(variant)[0].__dict__
+
+
+def test_the_gate_of_the_perceptron_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def silu_and_mul(*args: object, **kwargs: object) -> torch.Tensor:
+        calls.append(args)
+        return own(*args, **kwargs)
+
+    own = block_forward.silu_and_mul
+    monkeypatch.setattr(block_forward, "silu_and_mul", silu_and_mul)
+    model = patched_copy(build("granite"))
+    logits(model, tokens(2, 20))
+    assert len(calls) == len(layers(model))
+    calls.clear()
+    other = build("granite", hidden_act="gelu")
+    logits(patched_copy(other), tokens(2, 20))
+    assert calls == []
