@@ -7,7 +7,7 @@ kernels its memory grows with the square of a call's length.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ STEPS = 64
 MOST_POSITIONS = 16384
 """Positions compared at most, evenly spread: the logits of more would not fit."""
 WAYS = ("one call", "pieces", "steps")
+Advance = Callable[[int], object]
+"""Told of every so many tokens that are done."""
 
 
 @dataclass(frozen=True)
@@ -77,22 +79,29 @@ def cuts(tokens: int) -> list[int]:
     return sorted({min(max(1, part), last) for part in (101, int(0.37 * tokens) | 1, int(0.71 * tokens) | 1, last)})
 
 
+def work(tokens: int, ways: tuple[str, ...] = WAYS) -> int:
+    """How many tokens go through a model in `Reference.drift`."""
+    return tokens * ("one call" in ways) + (tokens - 1) * ("pieces" in ways)
+
+
 def _cache_name(model: Any) -> str:
     return "cache_params" if type(model).__name__.startswith("Mamba2") else "past_key_values"
 
 
 @torch.no_grad()
-def one_call(model: Any, ids: Tensor, longest: int | None = None) -> Tensor:
+def one_call(model: Any, ids: Tensor, longest: int | None, advance: Advance) -> Tensor:
     """Logits [n, V] at `positions` of tokens (1, T) in one call without a cache, or in pieces of at most `longest`."""
     tokens = ids.shape[1]
     if longest is not None and tokens > longest:
         edges = [*range(0, tokens, longest), tokens]
-        return torch.cat([logits for _, logits, _ in _pieces(model, ids, edges)])
+        return torch.cat([logits for _, logits, _ in _pieces(model, ids, edges, advance)])
     keep = positions(tokens).to(ids.device)
-    return model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[0]
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[0]
+    advance(tokens)
+    return logits
 
 
-def _pieces(model: Any, ids: Tensor, edges: list[int]) -> Iterator[tuple[Tensor, Tensor, Any]]:
+def _pieces(model: Any, ids: Tensor, edges: list[int], advance: Advance) -> Iterator[tuple[Tensor, Tensor, Any]]:
     """(positions, logits at them, cache) of one piece after the other."""
     name, cache = _cache_name(model), None
     wanted = positions(ids.shape[1])
@@ -107,33 +116,35 @@ def _pieces(model: Any, ids: Tensor, edges: list[int]) -> Iterator[tuple[Tensor,
             **({} if cache is None else {name: cache}),
         )
         cache = getattr(output, name)
+        advance(stop - start)
         yield here, output.logits[0], cache
 
 
 @torch.no_grad()
-def in_pieces(model: Any, ids: Tensor, longest: int | None = None) -> Iterator[tuple[str, Tensor, Tensor]]:
+def in_pieces(model: Any, ids: Tensor, longest: int | None, advance: Advance) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(way, positions, logits at them) of the pieces and then of the single tokens, through one cache."""
     name, tokens = _cache_name(model), ids.shape[1]
     cache: Any = None
     edges = {0, *cuts(tokens), *(range(longest, tokens - STEPS, longest) if longest else ())}
-    for where, logits, newest in _pieces(model, ids, sorted(edges)):
+    for where, logits, newest in _pieces(model, ids, sorted(edges), advance):
         cache = newest
         yield "pieces", where, logits
     stepped = []
     for index in range(tokens - STEPS, tokens - 1):
         stepped.append(model(input_ids=ids[:, index : index + 1], use_cache=True, **{name: cache}).logits[0])
+        advance(1)
     yield "steps", torch.arange(tokens - STEPS, tokens - 1), torch.cat(stepped)
 
 
 class Reference:
     """The original's distributions in float32, and the text they are of."""
 
-    def __init__(self, model: Any, ids: Tensor, longest: int) -> None:
+    def __init__(self, model: Any, ids: Tensor, longest: int, advance: Advance) -> None:
         self.ids = ids
         self.longest = longest
         """How many tokens the original gets at most in one call."""
         self.positions = positions(ids.shape[1])
-        self.logits = one_call(model, ids, longest).float()
+        self.logits = one_call(model, ids, longest, advance).float()
         self.index = {int(position): i for i, position in enumerate(self.positions)}
         self.loss = self.measure(self.positions, self.logits).loss
 
@@ -161,14 +172,16 @@ class Reference:
             loss=torch.cat(losses).mean().item(),
         )
 
-    def drift(self, model: Any, ways: tuple[str, ...] = WAYS, *, original: bool = False) -> Iterator[tuple[str, Drift]]:
+    def drift(
+        self, model: Any, ways: tuple[str, ...] = WAYS, *, original: bool = False, advance: Advance
+    ) -> Iterator[tuple[str, Drift]]:
         """Measure a model as it is now, way by way."""
         longest = self.longest if original else None
         if "one call" in ways:
-            yield "one call", self.measure(self.positions, one_call(model, self.ids, longest))
+            yield "one call", self.measure(self.positions, one_call(model, self.ids, longest, advance))
         if "pieces" in ways:
             parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
-            for way, where, logits in in_pieces(model, self.ids, longest):
+            for way, where, logits in in_pieces(model, self.ids, longest, advance):
                 parts.setdefault(way, []).append((where, logits))
             for way, found in parts.items():
                 yield way, self.measure(torch.cat([w for w, _ in found]), torch.cat([x for _, x in found]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,6 @@ class Harness:
     def __init__(self, tasks: list[str], *, seed: int, limit: int | None, num_fewshot: int | None) -> None:
         from lm_eval.tasks import TaskManager
 
-        for name in ("lm_eval", "lm_eval.api.task", "datasets"):
-            logging.getLogger(name).setLevel(logging.ERROR)
         self.names, self.seed, self.limit, self.num_fewshot = tasks, seed, limit, num_fewshot
         local = all(name.startswith("fastmamba_") for name in tasks)  # lm-eval takes 7 s to index its own
         self.manager = TaskManager(include_path=str(LOCAL_TASKS), include_defaults=not local)

@@ -28,9 +28,9 @@ slow = pytest.mark.skipif(OLD, reason="too slow for a test with transformers' sc
 SOUND_SSD, SOUND_NORM = fastmamba.mixer.ssd, fastmamba.mixer.gated_rms_norm
 
 
-def run(tmp_path, *arguments):
-    """Exit status of a short run on the Mamba2 model, and what it wrote."""
-    status = main(["--model", "mamba2", "--device", "cpu", "--output", str(tmp_path), *arguments])
+def run(tmp_path, *arguments, model="mamba2"):
+    """Exit status of a short run on a small model, and what it wrote."""
+    status = main(["--model", model, "--device", "cpu", "--output", str(tmp_path), *arguments])
     return status, json.loads((tmp_path / "quality.json").read_text())
 
 
@@ -95,18 +95,18 @@ def swapped(*arguments, norm_before_gate=False, **options):
 
 
 @pytest.mark.parametrize(
-    ("name", "broken", "tokens"),
+    ("model", "name", "broken", "tokens"),
     [
-        pytest.param("ssd", forgetful, 1024, marks=slow),
-        pytest.param("ssd", Losing(), 4608, marks=slow),
-        pytest.param("ssd", spilling, 1024, marks=slow),
-        ("gated_rms_norm", swapped, 1024),
+        pytest.param("mamba2", "ssd", forgetful, 1024, marks=slow, id="decay"),
+        pytest.param("granite", "ssd", forgetful, 1024, marks=slow, id="decay-granite"),  # the faintest of all
+        pytest.param("mamba2", "ssd", Losing(), 4608, marks=slow, id="lost"),
+        pytest.param("mamba2", "ssd", spilling, 1024, marks=slow, id="padding"),
+        pytest.param("mamba2", "gated_rms_norm", swapped, 1024, id="norm"),
     ],
-    ids=["decay", "lost", "padding", "norm"],
 )
-def test_broken(monkeypatch, tmp_path, capsys, name, broken, tokens):
+def test_broken(monkeypatch, tmp_path, capsys, model, name, broken, tokens):
     monkeypatch.setattr(f"fastmamba.mixer.{name}", broken)
-    status, report = run(tmp_path, "--tokens", str(tokens), "--tasks", "none")
+    status, report = run(tmp_path, "--tokens", str(tokens), "--tasks", "none", model=model)
     assert status == 1
     assert report["broken"]
     assert "Parity is broken" in capsys.readouterr().out
@@ -126,6 +126,7 @@ def test_broken_tasks_alone(monkeypatch, tmp_path):
         (["--dtype", "int8"], "--dtype must be of float32, bfloat16, float16, got 'int8'"),
         (["--state-dtype", "half"], "--state-dtype must be of none, model"),
         (["--tokens", "10"], "--tokens must be 0 or at least 1024, got 10"),
+        (["--tasks", "fastmamba_nothing"], "lm-eval knows no task fastmamba_nothing"),
     ],
 )
 def test_bad_arguments(capsys, arguments, message):
