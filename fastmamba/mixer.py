@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmamba.ops import causal_conv1d, gated_rms_norm, resolve_backend, ssd, ssd_step
+from fastmamba.ops import mixer_prefill, resolve_backend
 from fastmamba.step import can_step, step_forward
 
 
@@ -53,6 +54,9 @@ class MixerPlan:
     """Attribute of the mixer that multiplies the input of in_proj."""
     projection_scale: str | None = None
     """Attribute of the mixer that multiplies the projection."""
+    precision: str = "exact"
+    state_dtype: torch.dtype | None = None
+    """As `ops.ssd` has them; None is float32, and so is a dtype that is not that of the activations."""
 
 
 class MixerState(Protocol):
@@ -65,10 +69,10 @@ class MixerState(Protocol):
     record_past: bool
     """The cache keeps every input of the convolution, so that it can be rolled back."""
 
-    def new_conv(self, inputs: Tensor) -> Tensor | None:
-        """The conv state itself, to be filled with the last of a first call's inputs (B, D + 2*G*N, T).
+    def new_conv(self, projected: Tensor, channels: int) -> Tensor | None:
+        """The conv state itself, to be filled with the last of a first call's inputs, of `channels` channels.
 
-        None where `write_conv` has to be given them instead.
+        They are a part of `projected` (B, T, ...). None where `write_conv` has to be given them instead.
         """
 
     def write_conv(self, inputs: Tensor) -> None:
@@ -77,6 +81,9 @@ class MixerState(Protocol):
     def write_ssm(self, states: Tensor) -> None:
         """Replace the state by (B, H, P, N), a tensor that the caller makes no further use of."""
 
+
+NO_LIMIT = (0.0, math.inf)
+"""Bounds of dt of a single token that continues a cache: transformers' one-token step does not clamp it."""
 
 _TILE = 1024
 """Tokens that the PyTorch backend takes through the mixer at a time, so that activations stay small."""
@@ -91,7 +98,7 @@ class _Carried:
         self.conv: Any = None if state is None else state.conv
         self.ssm: Any = None if state is None else state.ssm
 
-    def new_conv(self, inputs: Tensor) -> None:
+    def new_conv(self, projected: Tensor, channels: int) -> None:
         return None
 
     def write_conv(self, inputs: Tensor) -> None:
@@ -101,11 +108,9 @@ class _Carried:
         self.ssm = states
 
 
-def norm_is_plain(mixer: MixerView, plan: MixerPlan) -> bool:
+def norm_is_plain(norm: Any, plan: MixerPlan) -> bool:
     """Whether the norm can be fused: of the class the plan knows, with no forward hook of the user's to miss."""
-    norm: Any = mixer.norm
-    kind: type = type(norm)
-    return kind is plan.norm_class and not norm._forward_hooks and not norm._forward_pre_hooks
+    return type(norm) is plan.norm_class and not norm._forward_hooks and not norm._forward_pre_hooks
 
 
 def mixer_forward(
@@ -124,7 +129,7 @@ def mixer_forward(
         (B, T, hidden size), what out_proj makes of it.
     """
     if can_step(hidden_states, state):
-        return step_forward(mixer, plan, hidden_states, state, norm_is_plain(mixer, plan))
+        return step_forward(mixer, plan, hidden_states, state, norm_is_plain(mixer.norm, plan))
     tiles = _tiles(mixer, plan, hidden_states, state)
     if not tiles:
         return _forward(mixer, plan, hidden_states, state, mask)
@@ -163,7 +168,6 @@ def _forward(
     mixer: MixerView, plan: MixerPlan, hidden_states: Tensor, state: MixerState | None, mask: Tensor | None
 ) -> Tensor:
     """`mixer_forward` in one piece."""
-    backend = plan.backend
     dtype = hidden_states.dtype
     if mask is not None:
         hidden_states = (hidden_states * mask[:, :, None]).to(dtype)
@@ -173,83 +177,62 @@ def _forward(
     if plan.projection_scale is not None:
         projected = projected * getattr(mixer, plan.projection_scale)
 
-    batch, tokens = projected.shape[:2]
-    inner, heads = mixer.intermediate_size, mixer.num_heads
-    head_dim, groups, state_size = mixer.head_dim, mixer.n_groups, mixer.ssm_state_size
-    z, conv_in, dt = projected.split_with_sizes((inner, mixer.conv_dim, heads), dim=-1)
-    conv1d = mixer.conv1d
-    weight = conv1d.weight.squeeze(1)
-
-    conv, ssm = (None, None) if state is None else (state.conv, state.ssm)
-    stepping = ssm is not None and tokens == 1  # with a cache that records its past: `can_step` took the others
-    recording = state is not None and state.record_past
-    width = mixer.conv_kernel_size
-    new_conv = None if state is None else state.new_conv(conv_in.mT)
-    conv_out = causal_conv1d(
-        conv_in,
-        weight,
-        conv1d.bias,
-        initial_states=None if conv is None else _last_inputs(conv, width - 1),
-        mask=mask,
-        final_states=new_conv,
-        activation=mixer.activation,
-        backend=backend,
-    )
-    if state is not None and new_conv is None:  # after the convolution has read the old conv state
-        kept = conv_in if recording else conv_in[:, -width:]
-        state.write_conv(kept.transpose(1, 2))
-    if stepping:
-        conv_out = conv_out[:, 0]
-
-    axes = (batch,) if stepping else (batch, tokens)
-    x, B, C = conv_out.split_with_sizes((inner, groups * state_size, groups * state_size), dim=-1)
-    x = x.view(*axes, heads, head_dim)
-    B = B.view(*axes, groups, state_size)
-    C = C.view(*axes, groups, state_size)
-    scan_z = None if plan.gated else z.view(*axes, heads, head_dim)
-    A = -torch.exp(mixer.A_log.float())
-    if stepping:
-        y = ssd_step(ssm, x, dt[:, 0], A, B, C, mixer.D, scan_z, mixer.dt_bias, dt_softplus=True, backend=backend)
+    conv1d, norm = mixer.conv1d, mixer.norm
+    fused = plan.gated and norm_is_plain(norm, plan)
+    if fused:
+        gate = "after" if plan.norm_before_gate else "before"
     else:
-        scanned: Any = ssd(
-            x,
-            dt,
-            A,
-            B,
-            C,
-            mixer.D,
-            scan_z,
-            mixer.dt_bias,
-            ssm,
-            dt_softplus=True,
-            dt_limit=mixer.time_step_limit,
-            return_final_states=state is not None,
-            backend=backend,
-        )
-        if state is None:
-            y = scanned
-        else:
-            y, final = scanned
-            state.write_ssm(final)
-
-    del conv_out, x, B, C  # what the rest does not need is memory that it can have
-    y = y.view(batch, tokens, inner)
-    if plan.gated:
-        norm = mixer.norm
-        if norm_is_plain(mixer, plan):
-            y = gated_rms_norm(
-                y,
-                norm.weight,
-                z,
-                eps=norm.variance_epsilon,
-                group_size=plan.norm_group_size,
-                norm_before_gate=plan.norm_before_gate,
-                backend=backend,
-            )
-        else:
-            y = norm(y, z)
-    del projected, z, conv_in, dt, scan_z
+        gate = "none" if plan.gated else "before"
+    conv = ssm = new_conv = None
+    dt_limit = mixer.time_step_limit
+    if state is not None:
+        conv, ssm = state.conv, state.ssm
+        new_conv = state.new_conv(projected, mixer.conv_dim)
+        if (
+            ssm is not None and projected.shape[1] == 1
+        ):  # with a cache that records its past: `can_step` took the others
+            dt_limit = NO_LIMIT
+    found: Any = mixer_prefill(
+        projected,
+        conv1d.weight.squeeze(1),
+        conv1d.bias,
+        mixer.A_log,
+        mixer.D,
+        mixer.dt_bias,
+        groups=mixer.n_groups,
+        norm_weight=norm.weight if fused else None,
+        eps=norm.variance_epsilon if fused else 0.0,
+        group_size=plan.norm_group_size if fused else None,
+        gate=gate,
+        activation=mixer.activation,
+        dt_limit=dt_limit,
+        mask=mask,
+        initial_conv=None if conv is None else _last_inputs(conv, mixer.conv_kernel_size - 1),
+        final_conv=new_conv,
+        initial_states=ssm,
+        return_final_states=state is not None,
+        precision=plan.precision,
+        state_dtype=dtype_or_float32(plan.state_dtype, projected),
+        backend=plan.backend,
+    )
+    if state is None:
+        y = found
+    else:
+        y, final = found
+        state.write_ssm(final)
+        if new_conv is None:  # after the convolution has read the old conv state
+            inner = mixer.intermediate_size
+            kept = projected[..., inner : inner + mixer.conv_dim]
+            state.write_conv((kept if state.record_past else kept[:, -mixer.conv_kernel_size :]).mT)
+    if gate == "none":
+        y = norm(y, projected[..., : mixer.intermediate_size])
+    del found, projected
     return mixer.out_proj(y.to(dtype))
+
+
+def dtype_or_float32(dtype: torch.dtype | None, activations: Tensor) -> torch.dtype:
+    """The `state_dtype` of `ops.ssd` for these activations: the one asked for where it is theirs."""
+    return activations.dtype if dtype is activations.dtype else torch.float32
 
 
 def _last_inputs(conv: Tensor, count: int) -> Tensor:

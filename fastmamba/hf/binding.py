@@ -18,6 +18,8 @@ class Binding:
     backend: str
     stood: bool
     """The module's __dict__ already held its class's own forward, as accelerate and unpickling leave it."""
+    precision: str = "exact"
+    state_dtype: Any = None
 
 
 # Function -> binding. Not an attribute of the function, because accelerate copies those onto its own wrapper.

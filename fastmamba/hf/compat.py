@@ -40,20 +40,27 @@ class CacheState:
         """Append inputs (B, channels, T) to the conv state, in place unless the cache records its past."""
         self._cache.update_conv_state(inputs, self._index, conv_kernel_size=self._width)
 
-    def new_conv(self, inputs: Tensor) -> Tensor | None:
-        """A first call's conv state (B, channels, W), to be filled with the last of inputs (B, channels, T).
+    def new_conv(self, projected: Tensor, channels: int) -> Tensor | None:
+        """A first call's conv state (B, channels, W), to be filled with the last inputs, a part of `projected`.
 
         None where the state continues an earlier one or cannot be written like that: then `write_conv` is to be called.
         """
         layer = self._layer
         if self.conv is not None or self.record_past or torch.compiler.is_compiling():
             return None
+        shape = (projected.shape[0], channels, self._width)
         if not layer.is_conv_states_initialized[0]:
-            # Of no inputs: the layer makes its state of W zeros, and notes its dtype and device.
-            layer.lazy_initialization(conv_states=inputs[..., :0], state_idx=0, conv_kernel_size=self._width)
-        state = layer.conv_states[0]
-        if state.shape != (*inputs.shape[:2], self._width) or state.device != inputs.device:
-            return None
+            # What the layer's lazy_initialization does, without the zeros: all of it is about to be written.
+            if layer.device is None:
+                layer.dtype, layer.device = projected.dtype, projected.device
+            layer.conv_kernel_size[0] = self._width
+            state = layer.conv_states[0] = projected.new_empty(shape)
+            torch._dynamo.mark_static_address(state)
+            layer.is_conv_states_initialized[0] = True
+        else:
+            state = layer.conv_states[0]
+            if state.shape != shape or state.device != projected.device:
+                return None
         layer.has_previous_state[0] = True
         return state
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastmamba.hf.compat import CacheState, cache_layer
 from fastmamba.hf.recording import state_for
 from fastmamba.hf.report import count_original, warn_once
-from fastmamba.mixer import MixerPlan, mixer_forward, norm_is_plain
+from fastmamba.mixer import MixerPlan, dtype_or_float32, mixer_forward, norm_is_plain
 from fastmamba.ops import ssd
 
 GRADIENTS = "gradients are needed"
@@ -62,7 +62,7 @@ def mixer_scope(plan: MixerPlan) -> Callable[..., Tensor]:
             return _original(self, reason, hidden_states, cache_params, attention_mask, kwargs)
         state = state_for(self, state)
         hooked = [self.conv1d] if "_hf_hook" in self.conv1d.__dict__ else []
-        if plan.gated and "_hf_hook" in self.norm.__dict__ and norm_is_plain(self, plan):
+        if plan.gated and "_hf_hook" in self.norm.__dict__ and norm_is_plain(self.norm, plan):
             hooked.append(self.norm)
         if not hooked:
             return mixer_forward(self, plan, hidden_states, state, attention_mask)
@@ -72,7 +72,9 @@ def mixer_scope(plan: MixerPlan) -> Callable[..., Tensor]:
     return forward
 
 
-def ssd_scope(mixer_class: type, backend: str) -> Callable[..., Tensor]:
+def ssd_scope(
+    mixer_class: type, backend: str, precision: str, state_dtype: torch.dtype | None
+) -> Callable[..., Tensor]:
     """A forward that is the class's own, with the scan over a sequence swapped for `fastmamba.ops.ssd`.
 
     Raises:
@@ -83,7 +85,7 @@ def ssd_scope(mixer_class: type, backend: str) -> Callable[..., Tensor]:
         raise RuntimeError(f"scope='ssd' needs a forward that calls {_SCAN}; that of {mixer_class.__name__} does not")
     # The same code over a copy of its globals: the module itself stays as it is. Without a module name torch.compile
     # guards on this copy, not on the module's own globals.
-    names = {**own.__globals__, _SCAN: _scan(backend)}
+    names = {**own.__globals__, _SCAN: _scan(backend, precision, state_dtype)}
     names.pop("__name__", None)
     swapped = types.FunctionType(own.__code__, names, "forward", own.__defaults__, own.__closure__)
     swapped.__kwdefaults__ = own.__kwdefaults__
@@ -168,7 +170,7 @@ def _undecorated(forward: Callable[..., Tensor]) -> types.FunctionType | None:
     return function
 
 
-def _scan(backend: str) -> Callable[..., Any]:
+def _scan(backend: str, precision: str, state_dtype: torch.dtype | None) -> Callable[..., Any]:
     def mamba2_chunk_scan(
         hidden_states: Tensor,
         dt: Tensor,
@@ -199,6 +201,8 @@ def _scan(backend: str) -> Callable[..., Any]:
             dt_softplus=dt_softplus,
             dt_limit=dt_limit,
             return_final_states=return_final_states,
+            precision=precision,
+            state_dtype=dtype_or_float32(state_dtype, hidden_states),
             backend=backend,
         )
 

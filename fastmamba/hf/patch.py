@@ -16,7 +16,7 @@ from fastmamba.hf.binding import Binding, bind, binding_in, bindings, restore, s
 from fastmamba.hf.block import bind_blocks, block_backend, block_report, layer_of, unbind_blocks
 from fastmamba.hf.families import FAMILIES, Family, belongs, match, match_root
 from fastmamba.hf.report import GraphReport, LayerReport, PiecesReport, Report, forget_calls, original_calls
-from fastmamba.ops import BACKENDS, resolve_backend
+from fastmamba.ops import BACKENDS, PRECISIONS, resolve_backend, ssd_variant
 
 SCOPES = ("block", "mixer", "ssd")
 """What patch() may make fast: the mixer and the layer around it, the mixer alone, or the scan alone."""
@@ -51,6 +51,8 @@ def patch(
     *,
     scope: str = "block",
     backend: str = "auto",
+    precision: str = "exact",
+    state_dtype: torch.dtype | None = None,
     prefill_chunk_tokens: int | None = None,
     cuda_graphs: str = "auto",
 ) -> Report:
@@ -68,6 +70,11 @@ def patch(
             norms, residual adds, the gate of the multilayer perceptron (attention and experts stay as they are).
             "mixer" replaces the mixers' forward; "ssd" only the scan over a sequence inside the original one.
         backend: "triton", "torch", or "auto": Triton on a GPU, PyTorch anywhere else.
+        precision: "exact" keeps in float32 what mamba_ssm's kernels keep in float32; "relaxed" lets the scan's Triton
+            kernels multiply decays and scores in the dtype of the activations. See `fastmamba.ops.ssd`.
+        state_dtype: dtype in which the scan's Triton kernels hand states from one part of a sequence to the next:
+            torch.float32, or the model's own, which is less memory and less accurate. None is float32. The cached state
+            is float32 in any case.
         prefill_chunk_tokens: the most tokens that a call of the model takes at once, at least 16; a longer one runs in
             pieces that continue the cache, with the same outputs and less memory. Calls that ask for what only a whole
             call has (all hidden states, a loss) run whole, and `report` counts them by reason. None never cuts.
@@ -80,11 +87,12 @@ def patch(
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: an unknown `scope`, `backend` or `cuda_graphs`, a `prefill_chunk_tokens` that is too small or for a
-            model that cannot be cut; a model of no supported family.
+        ValueError: an unknown `scope`, `backend`, `precision` or `cuda_graphs`; a `state_dtype` that is neither float32
+            nor the model's; a `prefill_chunk_tokens` that is too small or for a model that cannot be cut; a model of no
+            supported family.
         RuntimeError: an unsupported transformers version; backend="triton" where it cannot run.
     """
-    _check_options(scope, backend, cuda_graphs)
+    _check_options(scope, backend, precision, cuda_graphs)
     layers = _survey(model)
     _check_pieces(model, prefill_chunk_tokens)
     if layers:
@@ -100,7 +108,8 @@ def patch(
     bound = []
     for layer in layers:
         if not layer.reason:
-            bound.append((layer, _make_forward(layer, scope, backend, made)))
+            _check_state_dtype(layer.module, state_dtype)
+            bound.append((layer, _make_forward(layer, scope, backend, precision, state_dtype, made)))
     for layer, function in bound:
         bind(layer.module, layer.slot, function)
         forget_calls(layer.module)
@@ -141,6 +150,8 @@ def patched(
     *,
     scope: str = "block",
     backend: str = "auto",
+    precision: str = "exact",
+    state_dtype: torch.dtype | None = None,
     prefill_chunk_tokens: int | None = None,
     cuda_graphs: str = "auto",
 ) -> Iterator[Report]:
@@ -149,7 +160,13 @@ def patched(
     roots = [(root, slot, bound.__func__) for root, slot, bound in _bound_roots(model)] if before else []
     blocks = block_backend(model)
     yielded = patch(
-        model, scope=scope, backend=backend, prefill_chunk_tokens=prefill_chunk_tokens, cuda_graphs=cuda_graphs
+        model,
+        scope=scope,
+        backend=backend,
+        precision=precision,
+        state_dtype=state_dtype,
+        prefill_chunk_tokens=prefill_chunk_tokens,
+        cuda_graphs=cuda_graphs,
     )
     try:
         yield yielded
@@ -256,11 +273,22 @@ def _root_reports(model: nn.Module) -> tuple[tuple[GraphReport, ...], tuple[Piec
     return tuple(replayed), tuple(cut)
 
 
-def _check_options(scope: object, backend: object, cuda_graphs: object) -> None:
-    options = (("scope", scope, SCOPES), ("backend", backend, BACKENDS), ("cuda_graphs", cuda_graphs, CUDA_GRAPHS))
+def _check_options(scope: object, backend: object, precision: object, cuda_graphs: object) -> None:
+    options = (
+        ("scope", scope, SCOPES),
+        ("backend", backend, BACKENDS),
+        ("precision", precision, PRECISIONS),
+        ("cuda_graphs", cuda_graphs, CUDA_GRAPHS),
+    )
     for name, value, allowed in options:
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _check_state_dtype(module: Any, state_dtype: object) -> None:
+    own = module.conv1d.weight.dtype
+    if state_dtype not in (None, torch.float32, own):
+        raise ValueError(f"state_dtype must be None, torch.float32 or the model's {own}, got {state_dtype!r}")
 
 
 def _check_pieces(model: nn.Module, tokens: object) -> None:
@@ -295,7 +323,14 @@ def _survey(model: object) -> list[_Layer]:
     return layers
 
 
-def _make_forward(layer: _Layer, scope: str, backend: str, made: dict[Any, Any]) -> types.FunctionType:
+def _make_forward(
+    layer: _Layer,
+    scope: str,
+    backend: str,
+    precision: str,
+    state_dtype: torch.dtype | None,
+    made: dict[Any, Any],
+) -> types.FunctionType:
     """A forward for a layer. Layers that need the same one share it."""
     from fastmamba.hf import compat, forward
     from fastmamba.mixer import MixerPlan
@@ -303,20 +338,23 @@ def _make_forward(layer: _Layer, scope: str, backend: str, made: dict[Any, Any])
     module = layer.module
     stood = layer.binding.stood if layer.binding is not None else layer.slot in module.__dict__
     # Whether the layer around it is fast too is that layer's affair.
-    binding = Binding("ssd" if scope == "ssd" else "mixer", _check_backend(module, backend), stood)
+    around = "ssd" if scope == "ssd" else "mixer"
+    binding = Binding(around, _check_backend(module, backend), stood, precision, state_dtype)
     key: Any
     if scope != "ssd":
         plan = MixerPlan(
             backend=binding.backend,
             in_scale=layer.family.in_scale,
             projection_scale=layer.family.projection_scale,
+            precision=precision,
+            state_dtype=state_dtype,
             **compat.norm_plan(module),
         )
         key = (binding, plan)
         make = functools.partial(forward.mixer_scope, plan)
     else:
         key = (binding, type(module))
-        make = functools.partial(forward.ssd_scope, type(module), binding.backend)
+        make = functools.partial(forward.ssd_scope, type(module), binding.backend, precision, state_dtype)
     if key not in made:
         made[key] = make()
         bindings[made[key]] = binding
@@ -356,10 +394,16 @@ def _describe(layer: _Layer, in_block: bool) -> LayerReport:
     except RuntimeError:  # moved, since, to where its backend cannot run
         served = f"{binding.backend} (cannot run on {device.type})"
     scope = "block" if in_block else binding.scope
+    variant = ""
+    if served == "triton" and device.type != "meta":
+        module = layer.module
+        variant = ssd_variant(device, module.conv1d.weight.dtype, module.head_dim, module.ssm_state_size)
     return LayerReport(
         **common,
         status="fast",
         scope=scope,
         backends=dict.fromkeys(_OPS[scope], served),
+        ssd_variant=variant,
+        precision=binding.precision,
         original_calls=original_calls(layer.module),
     )

@@ -30,6 +30,10 @@ class LayerReport:
     """What is fast in it: "block" (the mixer and the layer around it), "mixer" or "ssd"."""
     backends: dict[str, str] = field(default_factory=dict)
     """What serves each op, "triton" or "torch"."""
+    ssd_variant: str = ""
+    """Which of the scan's Triton kernels serves activations of the layer's dtype: "hopper" or "portable"."""
+    precision: str = "exact"
+    """As given to `patch`."""
     reason: str = ""
     """Why the layer is not fast."""
     original_calls: dict[str, int] = field(default_factory=dict)
@@ -133,6 +137,8 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
     served = sorted(set(layer.backends.values()))
     # One word where one backend serves everything.
     backend = served[0] if len(served) == 1 else ", ".join(f"{op}: {name}" for op, name in layer.backends.items())
+    if layer.ssd_variant:
+        backend += f" (ssd: {layer.ssd_variant}{', relaxed' if layer.precision == 'relaxed' else ''})"
     calls = ", ".join(f"{count}x original: {reason}" for reason, count in layer.original_calls.items())
     return layer.name, layer.mixer, layer.device, status, backend, layer.reason or calls
 

@@ -26,8 +26,11 @@ def ssd(
     chunk_size: int | None,
     state_dtype: torch.dtype,
     relaxed: bool,
+    log_A: bool,
 ) -> tuple[Tensor, Tensor]:
     """Launch the fused SSD; arguments as `fastmamba.ops.ssd`, already checked.
+
+    With `log_A`, A holds log(-A), as models store it.
 
     Returns:
         y, and the final states or an empty tensor.
@@ -51,7 +54,7 @@ def ssd(
         from fastmamba.kernels import ssd_hopper  # not every Triton has what it needs
 
         launch = ssd_hopper.ssd
-    rest = (z, dt_bias, initial_states, dt_softplus, dt_min, dt_max, return_final_states, state_dtype, relaxed)
+    rest = (z, dt_bias, initial_states, dt_softplus, dt_min, dt_max, return_final_states, state_dtype, relaxed, log_A)
     return launch(config, x, dt, A, B, C, D, *rest)
 
 

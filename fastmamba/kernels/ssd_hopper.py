@@ -137,6 +137,7 @@ def _decays_role(
     SOFTPLUS: gl.constexpr,
     CLAMP: gl.constexpr,
     PAIR: gl.constexpr,
+    LOG_A: gl.constexpr,
 ):
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
     rows: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
@@ -146,7 +147,10 @@ def _decays_role(
         nums = nums._reinterpret(gl.float32, [2 * PAIR * _ROWS, _GROUP, Q], rows)
     chunk = gl.arange(0, _GROUP, gl.SliceLayout(1, layout))
     q = chunk[:, None] * Q + gl.arange(0, Q, gl.SliceLayout(0, layout))[None, :]  # [GROUP, Q]
-    A = gl.load(A_ptr + head).to(gl.float32) * LOG2E
+    A = gl.load(A_ptr + head).to(gl.float32)
+    if LOG_A:
+        A = -gl.exp(A)
+    A *= LOG2E
     bias = 0.0
     if bias_ptr is not None:
         bias = gl.load(bias_ptr + head).to(gl.float32)
@@ -467,6 +471,7 @@ def _kernel(
     SPLIT: gl.constexpr,
     RELAXED: gl.constexpr,
     STAGES: gl.constexpr,
+    LOG_A: gl.constexpr,
 ):
     dtype: gl.constexpr = x_desc.dtype
     if SPLIT:
@@ -559,9 +564,9 @@ def _kernel(
                 (_load_role, (x_desc, B_desc, C_desc, z_desc, xs, Bs, Cs, zs, full, empty, b, first, v, g, summed,
                               chunks, N, PAIR, GATED, STAGES)),
                 (_decays_role, (gl.constexpr(0), dt0, A_ptr, bias_ptr, head0, nums, known, unknown, stride_dt_t, dt_min,
-                                dt_max, tokens, summed, chunks, SOFTPLUS, CLAMP, PAIR)),
+                                dt_max, tokens, summed, chunks, SOFTPLUS, CLAMP, PAIR, LOG_A)),
                 (_decays_role, (gl.constexpr(1), dt1, A_ptr, bias_ptr, head1, nums, known, unknown, stride_dt_t, dt_min,
-                                dt_max, tokens, summed, chunks, SOFTPLUS, CLAMP, PAIR)),
+                                dt_max, tokens, summed, chunks, SOFTPLUS, CLAMP, PAIR, LOG_A)),
             ],
             [4, 4, 1, 1, 1],
             [192, 192, 40, 40, 40],
@@ -578,7 +583,7 @@ def _kernel(
                 (_load_role, (x_desc, B_desc, C_desc, z_desc, xs, Bs, Cs, zs, full, empty, b, first, v, g, summed,
                               chunks, N, PAIR, GATED, STAGES)),
                 (_decays_role, (gl.constexpr(0), dt0, A_ptr, bias_ptr, head0, nums, known, unknown, stride_dt_t, dt_min,
-                                dt_max, tokens, summed, chunks, SOFTPLUS, CLAMP, PAIR)),
+                                dt_max, tokens, summed, chunks, SOFTPLUS, CLAMP, PAIR, LOG_A)),
             ],
             [4, 1, 1],
             [224, 64, 64],
@@ -623,6 +628,7 @@ def ssd(
     return_final_states: bool,
     state_dtype: torch.dtype,
     relaxed: bool,
+    log_A: bool,
 ) -> tuple[Tensor, Tensor]:
     """Launch the Hopper kernel as `config` says; arguments as `fastmamba.kernels.ssd.ssd`, half precision, regular."""
     batch, tokens, heads, head_dim = x.shape
@@ -684,6 +690,7 @@ def ssd(
         segments > 1,
         relaxed,
         2 if z is not None and width > 64 else config.stages,
+        log_A,
     )
     _launch((batch * groups * blocks_per_group * segments, 1, 1), tensors, numbers, constants, num_warps=config.warps)
     return y, final if return_final_states else new(0, dtype=torch.float32)

@@ -149,6 +149,7 @@ def _ssd_kernel(
     SPLIT: tl.constexpr,
     RELAXED: tl.constexpr,
     PRECISION: tl.constexpr,
+    LOG_A: tl.constexpr,
 ):
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     slices: tl.constexpr = (P + BP - 1) // BP
@@ -178,6 +179,12 @@ def _ssd_kernel(
     has_n = n < N
 
     A = tl.load(A_ptr + h).to(tl.float32)
+    if LOG_A:
+        if COMPENSATED:
+            A = tl.exp(A.to(tl.float64)).to(tl.float32)
+        else:
+            A = tl.exp(A)
+        A = -A
     bias = 0.0
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + h).to(tl.float32)
@@ -334,6 +341,7 @@ def ssd(
     return_final_states: bool,
     state_dtype: torch.dtype,
     relaxed: bool,
+    log_A: bool,
 ) -> tuple[Tensor, Tensor]:
     """Launch the portable kernel as `config` says; arguments as `fastmamba.kernels.ssd.ssd`."""
     batch, tokens, heads, head_dim = x.shape
@@ -404,6 +412,7 @@ def ssd(
         segments > 1,
         relaxed,
         config.precision,
+        log_A,
     )
     _launch((blocks, 1, 1), tensors, numbers, constants, num_warps=config.warps, num_stages=config.stages)
     return y, final

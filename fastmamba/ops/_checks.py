@@ -71,6 +71,16 @@ def check_activation(activation: object) -> None:
         raise ValueError(f"activation must be 'silu', 'swish' or None, got {activation!r}")
 
 
+def check_dt_limit(dt_limit: Any) -> None:
+    """Check a pair of bounds of dt."""
+    try:
+        low, high = (float(bound) for bound in dt_limit)
+    except (TypeError, ValueError):
+        raise ValueError(f"dt_limit must be a pair of numbers (low, high), got {dt_limit!r}") from None
+    if not low <= high:  # NaN fails too
+        raise ValueError(f"dt_limit must be (low, high) with low <= high and no NaN, got {dt_limit!r}")
+
+
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd must record the call."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

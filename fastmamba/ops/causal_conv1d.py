@@ -69,8 +69,8 @@ def causal_conv1d(
         raise RuntimeError("causal_conv1d overwrites final_states, which autograd cannot record: leave it out")
     if needs_grad(x, weight, bias, initial_states, mask):
         return reference_conv(x, weight, bias, initial_states, mask, activation, final_states)
-    run = torch.ops.fastmamba.causal_conv1d if torch.compiler.is_compiling() else _run
-    return run(x, weight, bias, initial_states, mask, final_states, activation, backend)
+    execute = torch.ops.fastmamba.causal_conv1d if torch.compiler.is_compiling() else run
+    return execute(x, weight, bias, initial_states, mask, final_states, activation, backend)
 
 
 def causal_conv1d_update(
@@ -110,8 +110,8 @@ def causal_conv1d_update(
         raise RuntimeError("causal_conv1d_update changes conv_state in place, which must not require gradients")
     if needs_grad(x, weight, bias):
         return reference_update(x, conv_state, weight, bias, activation)
-    run = torch.ops.fastmamba.causal_conv1d_update if torch.compiler.is_compiling() else _run_update
-    return run(x, conv_state, weight, bias, activation, backend)
+    execute = torch.ops.fastmamba.causal_conv1d_update if torch.compiler.is_compiling() else _run_update
+    return execute(x, conv_state, weight, bias, activation, backend)
 
 
 # Forms of calls that passed the checks; the two ops differ in the dimensions of x.
@@ -161,7 +161,7 @@ def _kernels() -> Any:
     return causal_conv1d
 
 
-def _run(
+def run(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -191,7 +191,7 @@ def _fake(x: Tensor, *_: object) -> Tensor:
 register(
     "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_states, Tensor? mask, "
     "Tensor(a!)? final_states, str? activation, str backend) -> Tensor",
-    _run,
+    run,
     _fake,
 )
 register(

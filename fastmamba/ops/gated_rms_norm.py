@@ -65,8 +65,8 @@ def gated_rms_norm(
         check_kernel_dtype("x", x)
     if needs_grad(x, weight, gate):
         return reference_norm(x, weight, gate, eps, group_size, norm_before_gate)
-    run = torch.ops.fastmamba.gated_rms_norm if torch.compiler.is_compiling() else _run
-    return run(x, weight, gate, eps, group_size, norm_before_gate, backend)
+    execute = torch.ops.fastmamba.gated_rms_norm if torch.compiler.is_compiling() else run
+    return execute(x, weight, gate, eps, group_size, norm_before_gate, backend)
 
 
 _forms: set[Any] = set()
@@ -93,7 +93,7 @@ def _kernel() -> Any:
     return gated_rms_norm
 
 
-def _run(
+def run(
     x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, group_size: int, norm_before_gate: bool, backend: str
 ) -> Tensor:
     if backend == "triton":
@@ -108,6 +108,6 @@ def _fake(x: Tensor, *_: object) -> Tensor:
 register(
     "gated_rms_norm(Tensor x, Tensor weight, Tensor? gate, float eps, int group_size, bool norm_before_gate, "
     "str backend) -> Tensor",
-    _run,
+    run,
     _fake,
 )

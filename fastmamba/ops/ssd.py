@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastmamba.ops._checks import check_groups, check_input, check_kernel_dtype, check_tensor, needs_grad
+from fastmamba.ops._checks import (
+    check_dt_limit,
+    check_groups,
+    check_input,
+    check_kernel_dtype,
+    check_tensor,
+    needs_grad,
+    remember_form,
+    seen_form,
+)
 from fastmamba.ops._dispatch import resolve_backend
 from fastmamba.ops._library import register
 from fastmamba.reference.ssd import ssd as reference_ssd
@@ -76,6 +87,58 @@ def ssd(
             `precision`, `state_dtype` or `backend`.
         RuntimeError: backend="triton" where it cannot run.
     """
+    arguments = (x, dt, A, B, C, D, z, dt_bias, initial_states)
+    options = (dt_limit, chunk_size, precision, state_dtype)
+    form = seen_form(_forms, arguments, options)
+    if form is not True:
+        _check(*arguments, *options)
+        remember_form(_forms, form)
+    dt_min, dt_max = float(dt_limit[0]), float(dt_limit[1])
+    backend = resolve_backend(backend, x.device)
+    if backend == "triton":
+        if x.dtype == torch.float64:
+            check_kernel_dtype("x", x)
+        if max(x.shape[3], B.shape[3]) > 256:
+            raise ValueError(f"backend='triton' takes P and N up to 256, got P={x.shape[3]}, N={B.shape[3]}")
+
+    if needs_grad(*arguments):
+        y, final_states = reference_ssd(*arguments, dt_softplus, dt_min, dt_max, chunk_size)
+    else:
+        execute = torch.ops.fastmamba.ssd if torch.compiler.is_compiling() else run
+        y, final_states = execute(
+            *arguments,
+            dt_softplus,
+            dt_min,
+            dt_max,
+            return_final_states,
+            chunk_size,
+            precision,
+            state_dtype,
+            backend,
+            False,
+        )
+    return (y, final_states) if return_final_states else y
+
+
+_forms: set[Any] = set()
+"""Forms of calls that passed the checks."""
+
+
+def _check(
+    x: Any,
+    dt: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    D: Any,
+    z: Any,
+    dt_bias: Any,
+    initial_states: Any,
+    dt_limit: Any,
+    chunk_size: Any,
+    precision: Any,
+    state_dtype: Any,
+) -> None:
     check_input("x", x, 4, "(B, T, H, P)")
     batch, tokens, heads, head_dim = x.shape
     device = x.device
@@ -95,42 +158,24 @@ def ssd(
         check_tensor("dt_bias", dt_bias, (heads,), "(H,)", device)
     if initial_states is not None:
         check_tensor("initial_states", initial_states, (batch, heads, head_dim, state), "(B, H, P, N)", device)
-    dt_min, dt_max = _check_dt_limit(dt_limit)
+    check_dt_limit(dt_limit)
     if chunk_size is not None and chunk_size not in (16, 32, 64, 128, 256):
         raise ValueError(f"chunk_size must be 16, 32, 64, 128, 256 or None, got {chunk_size!r}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}")
     if state_dtype not in (torch.float32, x.dtype):
         raise ValueError(f"state_dtype must be torch.float32 or the dtype of x ({x.dtype}), got {state_dtype!r}")
-    backend = resolve_backend(backend, device)
-    if backend == "triton":
-        if x.dtype == torch.float64:
-            check_kernel_dtype("x", x)
-        if max(head_dim, state) > 256:
-            raise ValueError(f"backend='triton' takes P and N up to 256, got P={head_dim}, N={state}")
-
-    arguments = (x, dt, A, B, C, D, z, dt_bias, initial_states)
-    if needs_grad(*arguments):
-        y, final_states = reference_ssd(*arguments, dt_softplus, dt_min, dt_max, chunk_size)
-    else:
-        run = torch.ops.fastmamba.ssd if torch.compiler.is_compiling() else _run
-        y, final_states = run(
-            *arguments, dt_softplus, dt_min, dt_max, return_final_states, chunk_size, precision, state_dtype, backend
-        )
-    return (y, final_states) if return_final_states else y
 
 
-def _check_dt_limit(dt_limit: tuple[float, float]) -> tuple[float, float]:
-    try:
-        low, high = (float(bound) for bound in dt_limit)
-    except (TypeError, ValueError):
-        raise ValueError(f"dt_limit must be a pair of numbers (low, high), got {dt_limit!r}") from None
-    if not low <= high:  # NaN fails too
-        raise ValueError(f"dt_limit must be (low, high) with low <= high and no NaN, got {dt_limit!r}")
-    return low, high
+@functools.cache
+def _kernel() -> Any:
+    """Triton comes in with the first call that needs it."""
+    from fastmamba.kernels.ssd import ssd
+
+    return ssd
 
 
-def _run(
+def run(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -148,12 +193,15 @@ def _run(
     precision: str,
     state_dtype: torch.dtype,
     backend: str,
+    log_A: bool,
 ) -> tuple[Tensor, Tensor]:
-    arguments = (x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_min, dt_max)
+    """Run it, checked. With `log_A`, A holds log(-A), as models store it."""
     if backend == "triton":
-        from fastmamba.kernels.ssd import ssd as kernel
-
-        return kernel(*arguments, return_final_states, chunk_size, state_dtype, precision == "relaxed")
+        arguments = (x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_min, dt_max)
+        return _kernel()(*arguments, return_final_states, chunk_size, state_dtype, precision == "relaxed", log_A)
+    if log_A:
+        A = -torch.exp(A.to(torch.promote_types(A.dtype, torch.float32)))
+    arguments = (x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_min, dt_max)
     y, final_states = reference_ssd(*arguments, chunk_size)
     return y, final_states if return_final_states else final_states.new_empty(0)
 
@@ -176,6 +224,7 @@ def _fake(
     precision: str,
     state_dtype: torch.dtype,
     backend: str,
+    log_A: bool,
 ) -> tuple[Tensor, Tensor]:
     batch, _, heads, head_dim = x.shape
     shape = (batch, heads, head_dim, B.shape[3]) if return_final_states else (0,)
@@ -186,7 +235,7 @@ def _fake(
 register(
     "ssd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
     "Tensor? initial_states, bool dt_softplus, float dt_min, float dt_max, bool return_final_states, "
-    "int? chunk_size, str precision, ScalarType state_dtype, str backend) -> (Tensor, Tensor)",
-    _run,
+    "int? chunk_size, str precision, ScalarType state_dtype, str backend, bool log_A) -> (Tensor, Tensor)",
+    run,
     _fake,
 )

@@ -112,7 +112,7 @@ def test_gradients_come_from_the_torch_backend() -> None:
 
 def test_the_registered_op(backend: str, device: torch.device) -> None:
     case = ssd_case(1, 20, 2, 16, 1, 16, device=device)
-    arguments = (*case.arguments(), True, 0.0, math.inf, True, 16, "exact", torch.float32, backend)
+    arguments = (*case.arguments(), True, 0.0, math.inf, True, 16, "exact", torch.float32, backend, False)
     torch.library.opcheck(torch.ops.fastmamba.ssd.default, arguments)
 
 
