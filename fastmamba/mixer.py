@@ -110,7 +110,8 @@ class _Carried:
 
 def norm_is_plain(norm: Any, plan: MixerPlan) -> bool:
     """Whether the norm can be fused: of the class the plan knows, with no forward hook of the user's to miss."""
-    return type(norm) is plan.norm_class and not norm._forward_hooks and not norm._forward_pre_hooks
+    kind: type = type(norm)
+    return kind is plan.norm_class and not norm._forward_hooks and not norm._forward_pre_hooks
 
 
 def mixer_forward(

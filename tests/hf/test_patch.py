@@ -10,6 +10,7 @@ import subprocess
 import sys
 import types
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -241,13 +242,19 @@ def test_not_a_module(function):
         function("state-spaces/mamba2")
 
 
-@pytest.mark.parametrize(("name", "value"), [("scope", "layer"), ("scope", None), ("backend", "cuda")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("scope", "layer"), ("scope", None), ("backend", "cuda"), ("precision", "fast")]
+)
 def test_unknown_option(mamba2, name, value):
     before = snapshot(mamba2)
     with pytest.raises(ValueError, match=rf"{name} must be one of '\w+', .*, got {value!r}"):
         fastmamba.patch(mamba2, **{name: value})
     with pytest.raises(TypeError, match="spam"):
         fastmamba.patch(mamba2, spam=1)
+    with pytest.raises(
+        ValueError, match="state_dtype must be None, torch.float32 or the model's torch.float32, got torch.float16"
+    ):
+        fastmamba.patch(mamba2, state_dtype=torch.float16)
     assert is_unchanged(before)
 
 
@@ -455,3 +462,38 @@ def test_report_of_mixed_layers(mamba2):
     report = fastmamba.patch(mixers(mamba2)[0])
     assert [layer.name for layer in report.layers] == [""]
     assert [layer.status for layer in fastmamba.report(mamba2).layers] == ["fast", "original", "original"]
+
+
+@pytest.mark.parametrize("scope", ["block", "mixer", "ssd"])
+def test_precision_and_state_dtype_reach_the_scan(scope, monkeypatch):
+    """What is given to patch() is what every scan gets; float32 where the activations are of another dtype."""
+    seen = []
+    prefill: Any = sys.modules["fastmamba.ops.mixer_prefill"]
+    scan: Any = sys.modules["fastmamba.ops.ssd"]
+    for module, name in ((prefill, "run_ssd"), (scan, "run")):
+        own = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, own=own: (seen.append(a[-4:-2]), own(*a))[1])
+    model = build("mamba2").bfloat16()
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        for options, expected in (
+            ({}, ("exact", torch.float32)),
+            ({"precision": "relaxed", "state_dtype": torch.bfloat16}, ("relaxed", torch.bfloat16)),
+            ({"state_dtype": torch.float32}, ("exact", torch.float32)),
+        ):
+            with fastmamba.patched(model, scope=scope, **options) as report:
+                assert {layer.precision for layer in report.layers} == {expected[0]}
+                model(input_ids=ids)
+            assert seen and set(seen) == {expected}
+            seen.clear()
+        fastmamba.patch(model, scope=scope, state_dtype=torch.bfloat16)
+        model.float()(input_ids=ids)
+    assert set(seen) == {("exact", torch.float32)}
+
+
+def test_report_names_the_kernel_of_the_scan():
+    model = build("mamba2")
+    report = fastmamba.patch(model, backend="triton", precision="relaxed")
+    assert {layer.ssd_variant for layer in report.layers} == {"portable"}
+    assert "triton (ssd: portable, relaxed)" in str(report)
+    assert {layer.ssd_variant for layer in fastmamba.patch(model, backend="torch").layers} == {""}
