@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import fastmamba
 from evals import memory, shapes
+from evals.prefill_check import checked_logits, compare, final_hidden_states, relative_error
 from evals.prefill_floor import Rates, floor
 from evals.prefill_kinds import gpu_time
 from evals.timing import summary, timed
@@ -41,9 +42,6 @@ DIFFERENCE_BOUND = {
     ("bfloat16", "cpu"): 1e-1,
     ("bfloat16", "cuda"): 1e-1,
 }
-# Where one can: patched may err this many times what the original errs, against the original in float32.
-ERROR_RATIO = 2.0
-CHECKED_POSITIONS = 64
 # Runs of each side a row: one compared, one whose memory is measured, and those that are timed.
 UNTIMED_RUNS = 2
 LONGEST_SEGMENT = 16 * 1024
@@ -200,9 +198,15 @@ class Measurement:
             self._prefill(ids)
         return peak.extra
 
-    def _logits(self, ids: torch.Tensor, segment: int | None = None, float32: bool = False) -> torch.Tensor:
-        model = copy.deepcopy(self.model).float() if float32 else self.model
-        return checked_logits(model, ids, segment or ids.shape[1]).cpu()
+    def _logits(self, ids: torch.Tensor, segment: int | None = None) -> torch.Tensor:
+        return checked_logits(self.model, ids, segment or ids.shape[1]).cpu()
+
+    def _hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        return final_hidden_states(self.model, ids).cpu()
+
+    def _float32(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        model = copy.deepcopy(self.model).float()
+        return checked_logits(model, ids, ids.shape[1]).cpu(), final_hidden_states(model, ids).cpu()
 
     def _check(
         self, ids: torch.Tensor, logits: dict[str, torch.Tensor], segments: tuple[str, int] | None, reference: bool
@@ -211,10 +215,15 @@ class Measurement:
             return None
         result = None
         if "original" in logits:
-            exact = None
+            exact: Any = None
             if reference and self.settings.dtype != "float32" and ids.shape[1] <= self.settings.reference_tokens:
-                _, exact = self._attempt("original", self._logits, ids, None, True, phase="check")
-            result = compare(logits["patched"], logits["original"], exact, self.settings.bound)
+                _, exact = self._attempt("original", self._float32, ids, phase="check")
+            result = compare(
+                logits["patched"], logits["original"], None if exact is None else exact[0], self.settings.bound
+            )
+            for side in SIDES if exact is not None else ():
+                _, hidden = self._attempt(side, self._hidden, ids, phase="check")
+                result[f"{side}_hidden_error"] = None if hidden is None else relative_error(hidden, exact[1])
         if segments is None or (result and (result["passed"] or segments[0] != "original")):
             return result
         # No original to compare with, or one that may itself be wrong, as kernels with 32-bit offsets are at length.
@@ -227,47 +236,6 @@ class Measurement:
         if result is None:
             return second
         return second | {"original_in_one_piece": result["difference"]} if second["passed"] else result
-
-
-def checked_logits(model: PreTrainedModel, ids: torch.Tensor, segment: int) -> torch.Tensor:
-    """Float32 logits at positions spread over the prompt, and of one token decoded from the cache it leaves.
-
-    The last one fails where the prefill hands on a wrong state. Shape (B, positions + 1, vocabulary).
-    """
-    tokens = ids.shape[1]
-    positions = torch.linspace(0, tokens - 1, min(CHECKED_POSITIONS, tokens), device=ids.device).round().long().unique()
-    cache: dict[str, Any] = {}
-    found = []
-    for start in range(0, tokens, segment):
-        piece = ids[:, start : start + segment]
-        wanted = positions[(positions >= start) & (positions < start + segment)] - start
-        output = model(input_ids=piece, use_cache=True, logits_to_keep=wanted if wanted.numel() else 1, **cache)
-        if wanted.numel():
-            found.append(output.logits.float())
-        cache = {name: output[name] for name in ("cache_params", "past_key_values") if output.get(name) is not None}
-    found.append(model(input_ids=ids[:, :1], use_cache=True, **cache).logits.float())
-    return torch.cat(found, dim=1)
-
-
-def compare(
-    patched: torch.Tensor, original: torch.Tensor, reference: torch.Tensor | None, bound: float
-) -> dict[str, Any]:
-    """Do the two agree? Against a float32 reference where there is one, else by how far they differ."""
-    result: dict[str, Any] = {"difference": _relative_error(patched, original), "positions": patched.shape[1]}
-    if reference is None:
-        result |= {"against": "original", "limit": bound}
-        error = result["difference"]
-    else:
-        result["original_error"] = _relative_error(original, reference)
-        error = result["patched_error"] = _relative_error(patched, reference)
-        result |= {"against": "original in float32", "limit": ERROR_RATIO * result["original_error"] + 1e-6}
-    result["passed"] = bool(error <= result["limit"]) and bool(torch.isfinite(patched).all())
-    return result
-
-
-def _relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
-    a, b = a.double(), b.double()
-    return float((a - b).norm() / b.norm().clamp_min(1e-30))
 
 
 def _out_of_memory(error: BaseException) -> bool:

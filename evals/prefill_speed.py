@@ -132,7 +132,8 @@ def speed_table(models: list[dict[str, Any]]) -> Table:
     result = Table(title="prefill, ms", box=box.ASCII)
     for heading in ("model", "batch", "tokens", "original", "ssd only", "patched", "ssd only faster", "patched faster"):
         result.add_column(heading, justify="right")
-    for heading in ("floor", "over floor", "original +MiB", "patched +MiB", "error, original", "error, patched"):
+    headings = ("floor", "over floor", "original +MiB", "patched +MiB", "error, original", "error, patched")
+    for heading in (*headings, "hidden error, original", "hidden error, patched"):
         result.add_column(heading, justify="right")
     for model in models:
         for row in model["rows"]:
@@ -141,6 +142,7 @@ def speed_table(models: list[dict[str, Any]]) -> Table:
             check = row["check"] or {}
             memory = [row[side].get("peak_extra_bytes") for side in ("original", "patched")]
             errors = [check.get("original_error"), check.get("patched_error", check.get("difference"))]
+            errors += [check.get(f"{side}_hidden_error") for side in ("original", "patched")]
             result.add_row(
                 model["name"],
                 str(model["batch"]),

@@ -120,6 +120,8 @@ def test_a_row_has_both_sides_and_a_comparison(kind: str, dtype: str) -> None:
     assert len(row["patched"]["ms"]) == len(row["original"]["ms"]) == 2
     assert row["check"]["passed"], row["check"]
     assert ("patched_error" in row["check"]) == (dtype == "bfloat16")  # float32 is its own reference
+    if dtype == "bfloat16":
+        assert 0 < row["check"]["patched_hidden_error"] < 2 * row["check"]["original_hidden_error"]
     assert phases[0] == "patched"
     assert prefill_timing.judge("m", row) == []
     assert fastmamba.unpatch(model) == 0, "left as it was found"

@@ -315,11 +315,12 @@ def test_compile(main_model, scope):
     expected_next, _ = run(main_model, ids[:, :1], cache)
     fast = patch_all(main_model, scope)
     torch._dynamo.reset()
-    compiled = torch.compile(fast, backend="aot_eager")
+    compiled = torch.compile(fast, backend="aot_eager", fullgraph=True)  # a graph break is an error
     _, cache = run(fast, ids)  # outside, so that the cache's tensors exist
     with torch.no_grad():
-        logits = compiled(ids, use_cache=False).logits
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        for use_cache in (False, True):
+            logits = compiled(ids, use_cache=use_cache).logits
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     name = "cache_params" if hasattr(fast, "backbone") else "past_key_values"
     before = [tensor.data_ptr() for pair in states(fast, cache) for tensor in pair]
     with torch.no_grad():
