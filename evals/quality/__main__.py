@@ -9,13 +9,13 @@ Exit status 1 when parity is broken; evals/quality/rules.py says when that is.
 from __future__ import annotations
 
 import argparse
-import inspect
 import itertools
 import json
 import os
 import shlex
 import sys
 import warnings
+from collections.abc import Callable
 from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
-import fastmamba
 from evals import environment
 from evals.quality import report as reporting
 from evals.quality import rules
 from evals.quality.drift import BLOCKS, STEPS
 from evals.quality.evaluate import DTYPES, SMALL, Evaluation, Variant
 
+STATES = ("float32", "model")
+PRECISIONS, SCOPES = ("exact", "relaxed"), ("block", "mixer", "ssd")
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -84,14 +85,14 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     gpu = torch.cuda.is_available()
-    names = _names
+    names, one_of = _names, _names_of
     add = parser.add_argument
     add("--model", nargs="+", default=list(SMALL), help=f"hub names, folders, or {', '.join(SMALL)} (the default)")
     add("--tasks", type=names, help="lm-eval tasks; default: the local ones, recall for the small models alone; none")  # fmt: skip # noqa: E501
-    add("--dtype", type=names, default=["bfloat16" if gpu else "float32"], help="float32, bfloat16, float16; several by commas")  # fmt: skip # noqa: E501
-    add("--precision", type=names, default=["exact"], help="of patch(): exact, relaxed, or both")
-    add("--state-dtype", type=names, default=["none"], help="of patch(): none (float32), float32, or model for the model's own")  # fmt: skip # noqa: E501
-    add("--scope", type=names, default=[], help="of patch(); several by commas")
+    add("--dtype", type=one_of(*DTYPES), default=["bfloat16" if gpu else "float32"], help="float32, bfloat16, float16; several by commas")  # fmt: skip # noqa: E501
+    add("--precision", type=one_of(*PRECISIONS), default=["exact"], help="of patch(): exact, relaxed, or both")
+    add("--state-dtype", type=one_of(*STATES), default=["float32"], help="of patch(): float32, model for the model's own, or both")  # fmt: skip # noqa: E501
+    add("--scope", type=one_of(*SCOPES), default=["block"], help="of patch(); several by commas")
     add("--backend", default="auto", choices=("auto", "triton", "torch"))
     add("--tokens", type=int, default=32768 if gpu else 4096, help="of running text; 0 for none (default: %(default)s)")
     add("--original-tokens", type=int, default=8192, help="longest call that the original gets of the running text; longer ones go in pieces (default: %(default)s)")  # fmt: skip # noqa: E501
@@ -111,35 +112,33 @@ def _names(text: str) -> list[str]:
     return [SHORT.get(name.strip(), name.strip()) for name in text.split(",") if name.strip()]
 
 
+def _names_of(*allowed: str) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        for name in _names(text):
+            if name not in allowed:
+                raise argparse.ArgumentTypeError(f"must be of {', '.join(allowed)}, got {name!r}")
+        return _names(text)
+
+    return parse
+
+
 def _variants(options: argparse.Namespace) -> list[Variant]:
     """(dtype, options of patch) of every run.
 
     Raises:
         ValueError: an option of the command line that cannot be.
     """
-    for name in options.dtype:
-        if name not in DTYPES:
-            raise ValueError(f"--dtype must be of {', '.join(DTYPES)}, got {name!r}")
     if options.tokens and options.tokens < BLOCKS * STEPS:
         raise ValueError(f"--tokens must be 0 or at least {BLOCKS * STEPS}, got {options.tokens}")
-    allowed = inspect.signature(fastmamba.patch).parameters
     found = []
     for dtype, precision, state, scope in itertools.product(
-        options.dtype, options.precision, options.state_dtype, options.scope or [None]
+        options.dtype, options.precision, options.state_dtype, options.scope
     ):
-        patch: dict[str, Any] = {"backend": options.backend}
-        if scope is not None:
-            patch["scope"] = scope
-        if precision != "exact":
-            patch["precision"] = precision
-        if state not in ("none", "model", *DTYPES):
-            raise ValueError(f"--state-dtype must be of none, model, {', '.join(DTYPES)}, got {state!r}")
-        if state != "none":
-            patch["state_dtype"] = DTYPES[dtype if state == "model" else state]
-        missing = [name for name in patch if name not in allowed]
-        if missing:
-            raise ValueError(f"this version of fastmamba.patch has no option {', '.join(missing)}")
-        found.append((dtype, patch))
+        patch: dict[str, Any] = {"scope": scope, "backend": options.backend, "precision": precision}
+        if state == "model" and dtype != "float32":
+            patch["state_dtype"] = DTYPES[dtype]
+        if (dtype, patch) not in found:
+            found.append((dtype, patch))
     return found
 
 

@@ -173,6 +173,6 @@ def label_of(dtype: str, patch: dict[str, Any]) -> str:
     extra = [
         f"{str(value).removeprefix('torch.')} states" if name == "state_dtype" else str(value)
         for name, value in patch.items()
-        if (name, value) not in (("backend", "auto"), ("precision", "exact"))
+        if (name, value) not in (("scope", "block"), ("backend", "auto"), ("precision", "exact"))
     ]
     return ", ".join([f"patched {dtype}", *extra])

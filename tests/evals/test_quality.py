@@ -18,9 +18,10 @@ from packaging.version import Version
 
 import fastmamba.ops  # noqa: F401
 from evals.quality import rules
-from evals.quality.__main__ import main
+from evals.quality.__main__ import _parser, _variants, main
 from evals.quality.compare import TaskResult, compare, jackknife, mean
 from evals.quality.drift import cuts, positions
+from evals.quality.evaluate import label_of
 
 ROOT = Path(__file__).parents[2]
 OLD = Version(transformers.__version__) < Version("5.21")
@@ -124,8 +125,10 @@ def test_broken_tasks_alone(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dtype", "int8"], "--dtype must be of float32, bfloat16, float16, got 'int8'"),
-        (["--state-dtype", "half"], "--state-dtype must be of none, model"),
+        (["--dtype", "int8"], "--dtype: must be of float32, bfloat16, float16, got 'int8'"),
+        (["--precision", "exact,loose"], "--precision: must be of exact, relaxed, got 'loose'"),
+        (["--scope", "layer"], "--scope: must be of block, mixer, ssd, got 'layer'"),
+        (["--state-dtype", "half"], "--state-dtype: must be of float32, model, got 'half'"),
         (["--tokens", "10"], "--tokens must be 0 or at least 1024, got 10"),
         (["--tasks", "fastmamba_nothing"], "lm-eval knows no task fastmamba_nothing"),
     ],
@@ -134,6 +137,18 @@ def test_bad_arguments(capsys, arguments, message):
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_variants():
+    options = _parser().parse_args("--dtype bf16,fp32 --precision exact,relaxed --state-dtype float32,model".split())
+    assert [label_of(*variant) for variant in _variants(options)] == [
+        "patched bfloat16",
+        "patched bfloat16, bfloat16 states",
+        "patched bfloat16, relaxed",
+        "patched bfloat16, relaxed, bfloat16 states",
+        "patched float32",  # whose own states are float32 anyway
+        "patched float32, relaxed",
+    ]
 
 
 def test_jackknife_of_a_mean_is_the_usual_standard_error():
