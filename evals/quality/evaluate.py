@@ -165,6 +165,8 @@ class Evaluation:
         self._say("text", label, began)
 
     def _say(self, what: str, label: str, began: float) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # the original's needs are large: leave them to whatever else the GPU runs
         self.console.print(f"{self.name}: {what}, {label}: {time.perf_counter() - began:.1f} s", highlight=False)
 
 
