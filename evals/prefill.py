@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -68,8 +69,10 @@ class Settings:
     """Where a side is to run, if not at every length."""
     thrifty: bool = False
     """On a GPU, take peak memory in the timed runs instead of in a run of its own."""
-    breakdown: bool = False
-    """On a GPU, also say what the GPU's time goes to, and what the call would take at best."""
+    enough: float = math.inf
+    """Seconds of timed runs of all sides after which a row is not repeated any more."""
+    breakdown: bool | frozenset[int] = False
+    """On a GPU, also say what the call would take at best and, at these lengths (True: all), where its time goes."""
     prefill_chunk_tokens: int | None = None
 
     def __post_init__(self) -> None:
@@ -140,20 +143,26 @@ class Measurement:
         for side in sides:
             if outcomes[side]["status"] == "ok" and not together:
                 outcomes[side], peaks[side] = self._attempt(side, self._peak, ids)
+        spent = 0.0
         for _ in range(self.settings.repeats):
+            if spent >= self.settings.enough:
+                break
             for side in sides:  # taken in turn, so that a machine that slows down slows both
                 if outcomes[side]["status"] == "ok":
                     with memory.Peak(self.device) if together else contextlib.nullcontext() as peak:
                         outcomes[side], ms = self._attempt(side, timed, lambda: self._prefill(ids), self.device)
-                    timings[side] += [ms] if ms is not None else []
+                    if ms is not None:
+                        timings[side].append(ms)
+                        spent += ms / 1e3
                     if peak is not None:
                         peaks[side] = peak.extra
         for side in sides:
             if outcomes[side]["status"] == "ok":
                 outcomes[side] |= summary(timings[side]) | {"peak_extra_bytes": peaks[side]}
         row = {"tokens": tokens, "check": self._check(ids, logits, segments if checks else None, checks)} | outcomes
-        if self.settings.breakdown and self.device.type == "cuda":
-            for side in sides:
+        wanted = self.settings.breakdown
+        if wanted and self.device.type == "cuda":
+            for side in sides if wanted is True or tokens in wanted else ():
                 if outcomes[side]["status"] == "ok":
                     profiled, spent = self._attempt(side, gpu_time, lambda: self._prefill(ids))
                     outcomes[side] |= {"gpu": spent} if profiled["status"] == "ok" else {}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,8 @@ def settings_for(options: argparse.Namespace, batch: int) -> prefill.Settings:
         sides=("patched", "ssd", "original") if options.ssd_tokens != [] else prefill.SIDES,
         lengths=lengths,
         thrifty=True,
-        breakdown=not options.no_breakdown,
+        enough=options.enough,
+        breakdown=True if options.breakdown_tokens is None else frozenset(options.breakdown_tokens),
         reference_tokens=options.reference_tokens,
         prefill_chunk_tokens=options.prefill_chunk_tokens,
     )
@@ -235,7 +237,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--reference-tokens", type=int, default=4096, help="compare with float32 up to this length")
     parser.add_argument("--prefill-chunk-tokens", type=int, help="patch(prefill_chunk_tokens=...)")
-    parser.add_argument("--no-breakdown", action="store_true", help="no profile, no floor")
+    parser.add_argument("--breakdown-tokens", type=lengths, help="lengths that are profiled (default: all; '': none)")
+    parser.add_argument("--enough", type=float, default=math.inf, metavar="S", help="repeat no row that took S seconds")
     parser.add_argument("--time-limit", type=float, default=600.0, metavar="S", help="seconds one row may take")
     parser.add_argument("--output", type=Path, default=Path("results"))
     options = parser.parse_args(argv)

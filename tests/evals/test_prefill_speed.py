@@ -69,14 +69,28 @@ def test_kinds(kernel: str, kind: str) -> None:
 
 
 def test_a_run(tmp_path: Path) -> None:
-    arguments = ["--device", "cpu", "--dtype", "float32", "--model", "mamba2-130m", "--layers", "1", "--repeats", "1"]
-    arguments += ["--tokens", "32,48", "--ssd-tokens", "32", "--original-tokens", "32,48", "--output", str(tmp_path)]
+    arguments = ["--device", "cpu", "--dtype", "float32", "--model", "mamba2-130m", "--layers", "1", "--repeats", "2"]
+    arguments += [
+        "--enough",
+        "0.0001",
+        "--breakdown-tokens",
+        "",
+        "--tokens",
+        "32,48",
+        "--ssd-tokens",
+        "32",
+        "--original-tokens",
+        "32,48",
+        "--output",
+        str(tmp_path),
+    ]
     assert prefill_speed.main([*arguments, "--prefill-chunk-tokens", "16"]) == 0
     (model,) = json.loads((tmp_path / "prefill_speed.json").read_text())["models"]
     first, second = model["rows"]
     for row in (first, second):
         assert row["patched"]["status"] == row["original"]["status"] == "ok"
         assert row["check"]["passed"] and row["speedup"] > 0
+        assert len(row["patched"]["ms"]) == 1  # enough
     assert first["ssd"]["status"] == "ok" and second["ssd"]["status"] == "not run"
     assert "block" in model["report"] or "norms and residual adds" in model["report"]
     assert "cut into pieces of 16 tokens" in model["report"]
