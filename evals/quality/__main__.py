@@ -67,10 +67,14 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         parser.error(str(error))
     options.output.mkdir(parents=True, exist_ok=True)
-    for evaluation in evaluations:
-        result["models"].append(evaluation.run(variants))
-        result["broken"] += evaluation.broken
+
+    def save() -> None:
+        result["broken"] = [line for evaluation in evaluations for line in evaluation.broken]
         (options.output / "quality.json").write_text(json.dumps(result, indent=1) + "\n")
+
+    for evaluation in evaluations:
+        result["models"].append(evaluation.found)
+        evaluation.run(variants, save)
     reporting.show(result, console)
     reporting.plot(result, options.output / "quality.png")
     console.print(f"Written: {options.output / 'quality.json'}, {options.output / 'quality.png'}", highlight=False)

@@ -7,7 +7,7 @@ import gc
 import importlib.metadata
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,8 +61,8 @@ class Evaluation:
             self.found["lm_eval"] = importlib.metadata.version("lm_eval")
             self.harness = Harness(tasks, seed=options.seed, limit=options.limit, num_fewshot=options.num_fewshot)
 
-    def run(self, variants: list[Variant]) -> dict[str, Any]:
-        """Measure all variants; returns `found`."""
+    def run(self, variants: list[Variant], save: Callable[[], None]) -> None:
+        """Measure all variants; `save` is called after each."""
         began = time.perf_counter()
         options = self.options
         if options.tokens:
@@ -80,24 +80,26 @@ class Evaluation:
                     self._patched_text(label, dtype, model)
                     self._compare(label, dtype, before, self._tasks(label, model))
                     self.found["layers"] = str(patched)
+                self.found["seconds"] = round(time.perf_counter() - began, 1)
+                save()
             del model
             gc.collect()
         self.reference = None  # its logits are large
-        self.found["seconds"] = round(time.perf_counter() - began, 1)
-        return self.found
 
     def _original_text(self, dtype: str, model: Any) -> None:
         """What the original loses on the text in half precision; in bfloat16 where `dtype` is float32."""
         if self.reference is None:
             return
         yard = "bfloat16" if dtype == "float32" else dtype
-        ways = ("one call",) if dtype == "float32" else ("one call", "pieces")
+        whole = self.reference.tokens <= self.options.original_tokens
+        ways = ("one call",) if dtype == "float32" else ("one call", "pieces") if whole else ("pieces",)
         original = self._load(yard) if yard != dtype else model
         run = f"original {yard}"
         with self._bar(run, work(self.reference.tokens, ways)) as advance:
             for way, drift in self.reference.drift(original, ways, original=True, advance=advance):
                 summary = drift.summary(self.reference.tokens)
                 self.halves[dtype, way] = summary
+                self.halves.setdefault((dtype, "one call"), summary)
                 if (run, way) not in {(entry["run"], entry["way"]) for entry in self.found["text"]}:
                     self.found["text"].append({"run": run, "way": way, "bound": None, **summary})
 

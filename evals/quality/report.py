@@ -78,7 +78,9 @@ def plot(report: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(len(models), 2, figsize=(13, 4.2 * len(models)), squeeze=False, layout="constrained")
     for row, model in zip(axes, models, strict=True):
         for entry in model["text"]:
-            if entry["way"] != "one call":
+            # An original that cannot take the text in one call is shown as it went, in pieces.
+            one = {e["way"] for e in model["text"] if e["run"] == entry["run"]} & {"one call"}
+            if entry["way"] != ("one call" if one else "pieces"):
                 continue
             blocks = entry["by position"]
             middle = [(block["from"] + block["to"]) / 2 for block in blocks]
