@@ -134,6 +134,8 @@ def _variants(options: argparse.Namespace) -> list[Variant]:
     """
     if options.tokens and options.tokens < BLOCKS * STEPS:
         raise ValueError(f"--tokens must be 0 or at least {BLOCKS * STEPS}, got {options.tokens}")
+    if not options.tokens and options.tasks == ["none"]:
+        raise ValueError("--tokens 0 with --tasks none leaves nothing to measure")
     found = []
     for dtype, precision, state, scope in itertools.product(
         options.dtype, options.precision, options.state_dtype, options.scope

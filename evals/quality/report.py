@@ -75,35 +75,43 @@ def plot(report: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     models = report["models"]
-    figure, axes = plt.subplots(len(models), 2, figsize=(13, 4.2 * len(models)), squeeze=False, layout="constrained")
+    draw = {"text": _draw_text, "tasks": _draw_tasks}
+    kinds = [kind for kind in draw if any(model[kind] for model in models)]
+    size = (6.5 * len(kinds), 4.2 * len(models))
+    figure, axes = plt.subplots(len(models), len(kinds), figsize=size, squeeze=False, layout="constrained")
     for row, model in zip(axes, models, strict=True):
-        for entry in model["text"]:
-            # An original that cannot take the text in one call is shown as it went, in pieces.
-            one = {e["way"] for e in model["text"] if e["run"] == entry["run"]} & {"one call"}
-            if entry["way"] != ("one call" if one else "pieces"):
-                continue
-            blocks = entry["by position"]
-            middle = [(block["from"] + block["to"]) / 2 for block in blocks]
-            kls = [max(block["kl"], 1e-16) for block in blocks]
-            row[0].plot(middle, kls, "--" if entry["bound"] is None else "-", label=entry["run"], marker=".")
-        bounds = {
-            entry["bound"] for entry in model["text"] if entry["bound"] is not None and entry["way"] == "one call"
-        }
-        for bound in bounds:
-            row[0].axhline(bound, color="red", linewidth=0.8, linestyle=":")
-        row[0].set(yscale="log", xlabel="token", ylabel="KL from the float32 original, nats", title=model["name"])
-        if model["text"]:
-            row[0].legend(fontsize=7)
-        names, gaps = [], []
-        for entry in model["tasks"]:
-            error, gap = entry["difference_stderr"], entry["difference"]
-            names.append(f"{entry['run']}: {entry['task']} {entry['metric']}")
-            gaps.append(0.0 if gap == 0 else gap / error if error > 0 else float("nan"))
-        row[1].barh(range(len(names)), gaps, color=["red" if e["broken"] else "tab:blue" for e in model["tasks"]])
-        row[1].set_yticks(range(len(names)), names, fontsize=6)
-        row[1].axvspan(-2, 2, color="0.9", zorder=0)
-        row[1].invert_yaxis()
-        row[1].set(xlabel="paired difference, in its standard errors", title="patched - original")
+        for axis, kind in zip(row, kinds, strict=True):
+            draw[kind](model, axis)
     figure.suptitle(environment.one_line(report["environment"]), fontsize=7)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _draw_text(model: dict[str, Any], axis: Any) -> None:
+    entries = model["text"]
+    whole = {entry["run"] for entry in entries if entry["way"] == "one call"}
+    for entry in entries:
+        # An original that cannot take the text in one call is shown as it went, in pieces.
+        if entry["way"] != ("one call" if entry["run"] in whole else "pieces"):
+            continue
+        blocks = entry["by position"]
+        middle = [(block["from"] + block["to"]) / 2 for block in blocks]
+        kls = [max(block["kl"], 1e-16) for block in blocks]
+        axis.plot(middle, kls, "--" if entry["bound"] is None else "-", label=entry["run"], marker=".")
+    for bound in {e["bound"] for e in entries if e["bound"] is not None and e["way"] == "one call"}:
+        axis.axhline(bound, color="red", linewidth=0.8, linestyle=":")
+    axis.set(yscale="log", xlabel="token", ylabel="KL from the float32 original, nats", title=model["name"])
+    axis.legend(fontsize=7)
+
+
+def _draw_tasks(model: dict[str, Any], axis: Any) -> None:
+    names, gaps = [], []
+    for entry in model["tasks"]:
+        error, gap = entry["difference_stderr"], entry["difference"]
+        names.append(f"{entry['run']}: {entry['task']} {entry['metric'].removesuffix(',none')}")
+        gaps.append(0.0 if gap == 0 else gap / error if error > 0 else float("nan"))
+    axis.barh(range(len(names)), gaps, color=["red" if e["broken"] else "tab:blue" for e in model["tasks"]])
+    axis.set_yticks(range(len(names)), names, fontsize=6)
+    axis.axvspan(-2, 2, color="0.9", zorder=0)
+    axis.invert_yaxis()
+    axis.set(xlabel="paired difference, in its standard errors", title=f"{model['name']}: patched - original")
