@@ -193,11 +193,14 @@ _HOPPER_CHUNK = 64
 _SUMMING = 0.4
 """What a chunk costs in a segment's first pass, of what it costs in the second."""
 
-_START = 4.5
-"""What a block costs besides, in chunks."""
+_START = 15.0
+"""What a wave of blocks costs besides, in chunks."""
+
+_SPLIT = 2.0
+"""What splitting costs besides, in chunks; and each segment waits for the state of the one before it."""
 
 _HANDOVER = 1.0
-"""What a segment waits for the state of the one before it, in chunks."""
+"""That wait, in chunks."""
 
 _ALONE = 0.65
 """What a chunk costs a block of one slice, of what it costs a block of two."""
@@ -213,8 +216,8 @@ def _hopper_split(rows: int, slices: int, chunks: int, multiprocessors: int) -> 
         segments, block_slices = choice
         walk = chunks if segments == 1 else (1 + _SUMMING) * -(-chunks // segments)
         waves = -(-rows * -(-slices // block_slices) * segments // multiprocessors)
-        handed = min(segments, multiprocessors) - 1  # in the first wave: later ones find their states ready
-        return waves * ((walk if block_slices == 2 else walk * _ALONE) + _START) + handed * _HANDOVER
+        handed = 0.0 if segments == 1 else _SPLIT + (segments - 1) * _HANDOVER
+        return waves * ((walk if block_slices == 2 else walk * _ALONE) + _START) + handed
 
     most = max(1, min(chunks // 4, 64))
     return min(((segments, each) for each in (2, 1) for segments in range(1, most + 1)), key=cost)

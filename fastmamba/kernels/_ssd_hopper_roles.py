@@ -1,0 +1,432 @@
+"""What the warps of a block do in the Hopper SSD; `fastmamba.kernels.ssd_hopper` has the picture and the launch.
+
+The roles meet at mbarriers in shared memory, in pairs, one for each direction:
+
+    full, empty        a stage holds a chunk of x, B, C and z; all its readers are through with it
+    known, unknown     the decays of four chunks are there; nobody needs them any more
+    scored, unscored   G of a chunk is there; the walkers have multiplied with it
+    walking            the walkers are through with the first pass (in which the scores have no part)
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+LOG2E = gl.constexpr(1.4426950408889634)
+Q = gl.constexpr(64)  # tokens of a chunk; also the channels of a slice
+
+_RENAMED = gl.constexpr(hasattr(gl, "barrier"))  # what Triton 3.6 still calls thread_barrier, and _reinterpret
+sync_threads = gl.barrier if _RENAMED.value else gl.thread_barrier
+
+# What the decays warp leaves for each slice of a chunk: rows of 64 float32.
+_CUM = gl.constexpr(0)  # log2 of the decay since the chunk began, at token t
+_ENTRY = gl.constexpr(1)  # the same at token s, less log2 of dt: 2 ** (CUM[t] - ENTRY[s]) is what s contributes at t
+_SINCE = gl.constexpr(2)  # decay since the chunk began
+_LEFT = gl.constexpr(3)  # dt times the decay until the chunk ends
+_TOTAL = gl.constexpr(4)  # decay over the chunk, the same in every column
+ROWS = gl.constexpr(5)
+GROUP = gl.constexpr(4)  # chunks that the decays warps work out at a time
+
+
+@gluon.jit
+def _add(a, b):
+    return a + b
+
+
+@gluon.jit
+def _log2(v):
+    """The hardware's logarithm: an error of 2**-22, where Triton's own has a polynomial and special cases."""
+    return gl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=r,r", [v], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _softplus(v):
+    """log(1 + exp(v)) = max(v, 0) + 2 atanh(e / (2 + e)) with e = exp(-|v|), by the series of atanh, to float32."""
+    e = gl.exp2(-LOG2E * gl.abs(v))
+    s = e / (2.0 + e)
+    q = s * s
+    p = 1.0 / 15
+    for i in gl.static_range(7):
+        p = p * q + 1.0 / (13 - 2 * i)
+    return gl.maximum(v, 0.0) + 2.0 * s * p
+
+
+@gluon.jit
+def _spin(flag_ptr):
+    """Wait until a flag is raised; what its writer wrote before is visible afterwards."""
+    raised = 0
+    while raised == 0:
+        raised = gl.inline_asm_elementwise(
+            "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [flag_ptr], dtype=gl.int32, is_pure=False, pack=1
+        )
+
+
+@gluon.jit
+def _advance(stage, phase, STAGES: gl.constexpr):
+    stage += 1
+    wrapped = stage == STAGES
+    return gl.where(wrapped, 0, stage), gl.where(wrapped, phase ^ 1, phase)
+
+
+@gluon.jit
+def load_role(
+    x_desc,
+    B_desc,
+    C_desc,
+    z_desc,
+    xs,
+    Bs,
+    Cs,
+    zs,
+    full,
+    empty,
+    b,
+    first,
+    v,
+    g,
+    summed,
+    chunks,
+    N: gl.constexpr,
+    PAIR: gl.constexpr,
+    GATED: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    stage = 0
+    phase = 0
+    for i in range(summed + chunks):
+        t = first + gl.where(i < summed, i, i - summed) * Q
+        walking = i >= summed
+        bar = full.index(stage)
+        mbarrier.wait(empty.index(stage), phase ^ 1)
+        mbarrier.expect(bar, (N + PAIR * Q) * Q * 2, pred=i < summed)
+        mbarrier.expect(bar, (2 * N + (2 if GATED else 1) * PAIR * Q) * Q * 2, pred=walking)
+        tma.async_copy_global_to_shared(B_desc, [b, t, g * N], bar, Bs.index(stage))
+        tma.async_copy_global_to_shared(C_desc, [b, t, g * N], bar, Cs.index(stage), pred=walking)
+        for k in gl.static_range(PAIR):
+            slot = stage * PAIR + k
+            tma.async_copy_global_to_shared(x_desc, [b, t, (v + k) * Q], bar, xs.index(slot))
+            if GATED:
+                tma.async_copy_global_to_shared(z_desc, [b, t, (v + k) * Q], bar, zs.index(slot), pred=walking)
+        stage, phase = _advance(stage, phase, STAGES)
+
+
+@gluon.jit
+def decays_role(
+    k: gl.constexpr,
+    dt_ptr,  # at [b, first token of the segment, head]
+    A_ptr,
+    bias_ptr,
+    head,
+    nums,
+    known,
+    unknown,
+    stride_dt_t,
+    dt_min,
+    dt_max,
+    tokens,  # left from the segment's first token on
+    summed,
+    chunks,
+    SOFTPLUS: gl.constexpr,
+    CLAMP: gl.constexpr,
+    PAIR: gl.constexpr,
+    LOG_A: gl.constexpr,
+):
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
+    rows: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    if _RENAMED:
+        nums = nums.reinterpret(gl.float32, [2 * PAIR * ROWS, GROUP, Q], rows)
+    else:
+        nums = nums._reinterpret(gl.float32, [2 * PAIR * ROWS, GROUP, Q], rows)
+    chunk = gl.arange(0, GROUP, gl.SliceLayout(1, layout))
+    q = chunk[:, None] * Q + gl.arange(0, Q, gl.SliceLayout(0, layout))[None, :]  # [GROUP, Q]
+    A = gl.load(A_ptr + head).to(gl.float32)
+    if LOG_A:
+        A = -gl.exp(A)
+    A *= LOG2E
+    bias = 0.0
+    if bias_ptr is not None:
+        bias = gl.load(bias_ptr + head).to(gl.float32)
+    ahead = gl.load(dt_ptr + q.to(gl.int64) * stride_dt_t, mask=q < tokens, other=0.0)
+    buffer = 0
+    phase = 0
+    first_pass = (summed + GROUP - 1) // GROUP
+    for i in range(first_pass + (chunks + GROUP - 1) // GROUP):
+        t = gl.where(i < first_pass, i, i - first_pass) * (GROUP * Q) + q
+        dt = ahead.to(gl.float32) + bias
+        after = gl.where(i + 1 < first_pass, i + 1, i + 1 - first_pass) * (GROUP * Q) + q
+        ahead = gl.load(dt_ptr + after.to(gl.int64) * stride_dt_t, mask=after < tokens, other=0.0)
+        if SOFTPLUS:
+            dt = _softplus(dt)
+        if CLAMP:
+            dt = gl.minimum(gl.maximum(dt, dt_min), dt_max)
+        dt = gl.where(t < tokens, dt, 0.0)  # past the end: no decay, no input
+        cum = gl.associative_scan(dt * A, 1, _add)
+        entry = cum - _log2(dt)
+        last = gl.sum(dt * A, axis=1)[:, None]
+        mbarrier.wait(unknown.index(buffer), phase ^ 1)
+        row = (k * 2 + buffer) * ROWS
+        nums.index(row + _CUM).store(cum)
+        nums.index(row + _ENTRY).store(entry)
+        nums.index(row + _SINCE).store(gl.exp2(cum))
+        nums.index(row + _LEFT).store(gl.exp2(last - entry))
+        nums.index(row + _TOTAL).store(gl.exp2(cum * 0.0 + last))
+        mbarrier.arrive(known.index(buffer), count=1)
+        buffer, phase = _advance(buffer, phase, 2)
+
+
+@gluon.jit
+def _numbers(nums, k: gl.constexpr, buffer, c, ROW: gl.constexpr):
+    """A row of slice k in chunk c of a pass."""
+    return nums.index(((k * 2 + buffer) * ROWS + ROW) * GROUP + c % GROUP)
+
+
+@gluon.jit
+def _products(Bs, Cs, stage, N: gl.constexpr, mma: gl.constexpr):
+    """Start C B^T of a chunk, [t, s]."""
+    C = Cs.index(stage).reshape([Q, N])
+    B = Bs.index(stage).reshape([Q, N])
+    return warpgroup_mma(C, B.permute([1, 0]), gl.zeros((Q, Q), gl.float32, mma), use_acc=False, is_async=True)
+
+
+@gluon.jit
+def scores_role(
+    Bs,
+    Cs,
+    nums,
+    G0,
+    G1,
+    full,
+    empty,
+    known,
+    unknown,
+    scored,
+    unscored,
+    walking,
+    summed,
+    chunks,
+    PAIR: gl.constexpr,
+    RELAXED: gl.constexpr,
+    SPLIT: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    dtype: gl.constexpr = Bs.dtype
+    N: gl.constexpr = Bs.shape[3]
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    t = gl.arange(0, Q, gl.SliceLayout(1, mma))
+    s = gl.arange(0, Q, gl.SliceLayout(0, mma))
+    causal = t[:, None] >= s[None, :]
+    if SPLIT:
+        mbarrier.wait(walking, 0)
+    stage = summed % STAGES
+    phase = summed // STAGES & 1
+    groups = (summed + GROUP - 1) // GROUP
+    group = groups & 1
+    turn = groups // 2 & 1
+    buffer = 0
+    lap = 0
+    for c in range(chunks):
+        mbarrier.wait(full.index(stage), phase)
+        products = _products(Bs, Cs, stage, N, mma)
+        mbarrier.wait(known.index(group), turn)
+        mbarrier.wait(unscored.index(buffer), lap ^ 1)
+        scores = gl.where(causal, warpgroup_mma_wait(0, [products]), 0.0)  # [t, s]
+        for k in gl.static_range(PAIR):
+            cum = _numbers(nums, k, group, c, _CUM).load(gl.SliceLayout(1, mma))
+            entry = _numbers(nums, k, group, c, _ENTRY).load(gl.SliceLayout(0, mma))
+            # finite above the diagonal, where the scores are zero
+            decay = gl.exp2(gl.minimum(cum[:, None] - entry[None, :], 15.0 if RELAXED else 126.0))
+            if RELAXED:
+                G = scores.to(dtype) * decay.to(dtype)
+            else:
+                G = (scores * decay).to(dtype)
+            if k == 0:
+                G0.index(buffer).store(G)
+            else:
+                G1.index(buffer).store(G)
+        fence_async_shared()
+        mbarrier.arrive(scored.index(buffer), count=1)
+        mbarrier.arrive(empty.index(stage), count=1)
+        stage, phase = _advance(stage, phase, STAGES)
+        if c % GROUP == GROUP - 1:
+            mbarrier.arrive(unknown.index(group), count=1)
+            group, turn = _advance(group, turn, 2)
+        buffer, lap = _advance(buffer, lap, 2)
+
+
+@gluon.jit
+def _fetch(k: gl.constexpr, xs, full, stage, phase, there, PAIR: gl.constexpr, layout: gl.constexpr):
+    """x^T [P, Q] of a chunk in registers; anything, where `there` says that it is not there."""
+    mbarrier.wait(full.index(stage), phase, pred=there)
+    return xs.index(stage * PAIR + k).reshape([Q, Q]).permute([1, 0]).load(layout)
+
+
+@gluon.jit
+def _weigh(k: gl.constexpr, xT, nums, group, c, wide: gl.constexpr):
+    """x^T times its weights in the state after the chunk, and the chunk's decay [P]."""
+    left = _numbers(nums, k, group, c, _LEFT).load(gl.SliceLayout(0, xT.type.layout))
+    total = _numbers(nums, k, group, c, _TOTAL).load(gl.SliceLayout(1, wide))
+    return (xT.to(gl.float32) * left[None, :]).to(xT.dtype), total
+
+
+@gluon.jit
+def _leave(y_desc, staged, y, b, t, v, own):
+    """Send y^T of a chunk on its way to global memory."""
+    tma.store_wait(0)  # of the chunk before, whose place it takes
+    staged.reshape([Q, Q]).permute([1, 0]).store(y)
+    fence_async_shared()
+    sync_threads()
+    if own:
+        tma.async_copy_shared_to_global(y_desc, [b, t, v * Q], staged)
+
+
+@gluon.jit
+def walk_role(
+    k: gl.constexpr,
+    y_desc,
+    D_ptr,
+    D_at,
+    init_ptr,
+    final_ptr,
+    handed_ptr,
+    flag_ptr,
+    xs,
+    Bs,
+    Cs,
+    zs,
+    nums,
+    G,
+    ys,
+    full,
+    empty,
+    known,
+    unknown,
+    scored,
+    unscored,
+    walking,
+    b,
+    first,
+    v,
+    own,  # whether the slice is there: a group of an odd number of slices leaves one over
+    state_row,
+    handed_row,
+    stride_D_p,
+    seg,
+    segments,
+    summed,
+    chunks,
+    N: gl.constexpr,
+    PAIR: gl.constexpr,
+    GATED: gl.constexpr,
+    STORE_FINAL: gl.constexpr,
+    SPLIT: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    dtype: gl.constexpr = Bs.dtype
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    wide: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
+    narrow: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    narrow_state: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
+
+    p = gl.arange(0, Q, gl.SliceLayout(1, wide))
+    n = gl.arange(0, N, gl.SliceLayout(0, wide))
+    at = p[:, None] * N + n[None, :]
+    state = gl.zeros((Q, N), gl.float32, wide)
+    stage = 0
+    phase = 0
+    group = 0
+    turn = 0
+    if SPLIT:
+        decay = gl.full([Q], 1.0, gl.float32, gl.SliceLayout(1, wide))
+        xT = _fetch(k, xs, full, stage, phase, summed > 0, PAIR, narrow)
+        for c in range(summed):  # what this segment alone adds to the state
+            mbarrier.wait(known.index(group), turn)
+            weighted, total = _weigh(k, xT, nums, group, c, wide)
+            decay *= total
+            B = Bs.index(stage).reshape([Q, N])
+            sum = warpgroup_mma(weighted, B, state * total[:, None], is_async=True)
+            if (c % GROUP == GROUP - 1) | (c + 1 == summed):
+                mbarrier.arrive(unknown.index(group), count=2 if k == 0 else 1)  # for the scores, too
+                group, turn = _advance(group, turn, 2)
+            used = stage
+            stage, phase = _advance(stage, phase, STAGES)
+            xT = _fetch(k, xs, full, stage, phase, c + 1 < summed, PAIR, narrow)  # while the product runs
+            state = warpgroup_mma_wait(0, [sum])
+            mbarrier.arrive(empty.index(used), count=2 if k == 0 else 1)
+        mbarrier.arrive(walking, count=1)
+        if own:
+            before = gl.zeros((Q, N), gl.float32, wide)
+            handed = handed_ptr + handed_row
+            if seg > 0:
+                _spin(flag_ptr - 1)
+                sync_threads()
+                gl.store(flag_ptr - 1, 0)  # the flags are left as they were found
+                # written by another multiprocessor a moment ago: not from the L1 cache
+                before = gl.load(handed - Q * N + at, cache_modifier=".cg").to(gl.float32)
+            elif init_ptr is not None:
+                before = gl.load(init_ptr + state_row + at).to(gl.float32)
+            if seg + 1 < segments:
+                gl.store(handed + at, (state + before * decay[:, None]).to(handed_ptr.dtype.element_ty))
+                sync_threads()  # every thread's part is written before the flag rises
+                gl.atomic_xchg(flag_ptr, 1, sem="release")
+            state = before
+    elif init_ptr is not None:
+        if own:
+            state = gl.load(init_ptr + state_row + at).to(gl.float32)
+
+    if D_ptr is not None:
+        rows = gl.arange(0, Q, gl.SliceLayout(1, mma))
+        D = gl.load(D_ptr + D_at + rows * stride_D_p).to(gl.float32)
+    staged = ys.index(k)
+    done = gl.zeros((Q, Q), dtype, mma)
+    buffer = 0
+    lap = 0
+    xT = _fetch(k, xs, full, stage, phase, True, PAIR, narrow)
+    for c in range(chunks):
+        zeros = gl.zeros((Q, Q), gl.float32, mma)
+        before = gl.convert_layout(state.to(dtype), narrow_state)
+        C = Cs.index(stage).reshape([Q, N])
+        y = warpgroup_mma(before, C.permute([1, 0]), zeros, use_acc=False, is_async=True)
+        # in the shadow of that product: the chunk before leaves, and what the other product takes
+        if c > 0:
+            _leave(y_desc, staged, done, b, first + (c - 1) * Q, v, own)
+        mbarrier.wait(known.index(group), turn)
+        weighted, total = _weigh(k, xT, nums, group, c, wide)
+        decayed = state * total[:, None]
+        y = warpgroup_mma_wait(0, [y])
+        y *= _numbers(nums, k, group, c, _SINCE).load(gl.SliceLayout(0, mma))[None, :]
+        if D_ptr is not None:
+            y += gl.convert_layout(xT, mma).to(gl.float32) * D[:, None]
+        mbarrier.wait(scored.index(buffer), lap)
+        y = warpgroup_mma(xT, G.index(buffer).permute([1, 0]), y, is_async=True)
+        sum = warpgroup_mma(weighted, Bs.index(stage).reshape([Q, N]), decayed, is_async=True)
+        y = warpgroup_mma_wait(1, [y])
+        if GATED:
+            z = zs.index(stage * PAIR + k).reshape([Q, Q]).permute([1, 0]).load(narrow)
+            z = gl.convert_layout(z, mma).to(gl.float32)
+            y *= z / (1.0 + gl.exp2(-LOG2E * z))
+        done = y.to(dtype)
+        used = stage
+        stage, phase = _advance(stage, phase, STAGES)
+        # the next chunk's, while the product with the state runs
+        xT = _fetch(k, xs, full, stage, phase, c + 1 < chunks, PAIR, narrow)
+        state = warpgroup_mma_wait(0, [sum])
+        mbarrier.arrive(unscored.index(buffer), count=1)
+        mbarrier.arrive(empty.index(used), count=1)
+        if c % GROUP == GROUP - 1:
+            mbarrier.arrive(unknown.index(group), count=1)
+            group, turn = _advance(group, turn, 2)
+        buffer, lap = _advance(buffer, lap, 2)
+    _leave(y_desc, staged, done, b, first + (chunks - 1) * Q, v, own)
+    tma.store_wait(0)
+    if STORE_FINAL:
+        if own:
+            if seg + 1 == segments:
+                gl.store(final_ptr + state_row + at, state)
