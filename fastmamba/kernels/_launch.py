@@ -7,7 +7,7 @@ call found. `Launcher` remembers it and calls it directly.
 from __future__ import annotations
 
 import contextlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -28,25 +28,6 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
 def unit_stride(tensor: Tensor) -> Tensor:
     """The tensor itself where its last axis is contiguous (every view of a projection), else a copy."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-class Tiles(NamedTuple):
-    """A tensor that a Gluon kernel reads or writes in tiles, through the copy engine: a host-side tensor descriptor."""
-
-    base: Tensor
-    """Its first element has to lie at a multiple of 16 bytes, and its strides, but the last, to be such multiples."""
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    """In elements; the last one is 1."""
-    block_shape: tuple[int, ...]
-    layout: Any
-    """Of a tile in shared memory, an NVMMASharedLayout."""
-
-    def descriptor(self) -> Any:
-        """As Triton takes it."""
-        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-        return TensorDescriptor(self.base, [*self.shape], [*self.strides], [*self.block_shape], self.layout)
 
 
 class Launcher:
@@ -82,8 +63,7 @@ class Launcher:
 
         Args:
             grid: blocks along x, y and z.
-            tensors: for each pointer parameter a tensor or None, for each tensor descriptor its `Tiles`; the first a
-                tensor.
+            tensors: for each pointer parameter a tensor or None, or a host-side tensor descriptor; the first a tensor.
             numbers: for each further run-time parameter. One that is a float is a float in every call.
             constants: for each constexpr, hashable.
             options: num_warps, num_stages and what else Triton takes, in the same order in every call.
@@ -91,7 +71,7 @@ class Launcher:
         ready = self._ready
         index = tensors[0].get_device()
         if ready is None or index < 0:
-            self._kernel[grid](*map(_as_triton, tensors), *numbers, *constants, **options)
+            self._kernel[grid](*tensors, *numbers, *constants, **options)
             return
         addresses: list[Any] = []
         kinds: list[Any] = []
@@ -105,23 +85,21 @@ class Launcher:
                 kinds.append((tensor.dtype,) if address & 15 else tensor.dtype)
             else:
                 addresses.append(tensor)
-                kinds.append((tensor.base.dtype, tensor.block_shape))
+                kinds.append(_descriptor_kind(tensor))
         key = (index, numbers, constants, *kinds, *options.items())
         found = ready.get(key)
         if found is None or _hooked():
             with on_device(tensors[0]):
-                compiled = self._kernel[grid](*map(_as_triton, tensors), *numbers, *constants, **options)
+                compiled = self._kernel[grid](*tensors, *numbers, *constants, **options)
             if found is None:
                 self._remember(key, compiled)
             return
-        run, function, before, after, encode, stream_of, current, _ = found
-        if encode is not None:
-            addresses = encode(addresses)
+        run, function, metadata, stream_of, current, _ = found
         if current() == index:
-            run(*grid, stream_of(index), function, *before, *after, *addresses, *numbers, *constants)
+            run(*grid, stream_of(index), function, metadata, None, None, None, *addresses, *numbers, *constants)
             return
         with torch.cuda.device(index):
-            run(*grid, stream_of(index), function, *before, *after, *addresses, *numbers, *constants)
+            run(*grid, stream_of(index), function, metadata, None, None, None, *addresses, *numbers, *constants)
 
     def _remember(self, key: Any, compiled: Any) -> None:
         driver: Any = triton.runtime.driver.active
@@ -132,65 +110,26 @@ class Launcher:
             return
         if self._ready is None or len(self._ready) >= _MOST:
             self._ready = {}
-        run, before, encode = compiled.run, (), None
-        if any(isinstance(kind, tuple) and len(kind) == 2 for kind in key):
-            run, before, encode = _unwrapped(compiled.run)
         # The compiled kernel itself is held too: Triton unloads one that nothing refers to.
         self._ready[key] = (
-            run,
+            compiled.run,
             compiled.function,
-            before,
-            (compiled.packed_metadata, None, None, None),
-            encode,
+            compiled.packed_metadata,
             driver.get_current_stream,
             torch._C._cuda_getDevice,
             compiled,
         )
 
 
-def _as_triton(argument: Any) -> Any:
-    return argument.descriptor() if isinstance(argument, Tiles) else argument
-
-
-def _unwrapped(run: Any) -> tuple[Any, tuple[Any, ...], Any]:
-    """Triton's launch function for a kernel with tensor descriptors, what it takes besides, and who encodes them.
-
-    Triton encodes every descriptor anew in every launch, in Python, which costs more than the rest of the launch; but
-    an encoding depends on nothing but address, shape and strides. Triton 3.6 hides the function that takes encoded ones
-    in a closure; where it is not found, Triton's own way serves.
-    """
-    wrapped: Any = getattr(run, "launch", None)
-    code = getattr(wrapped, "__code__", None)
-    hidden = dict(zip(code.co_freevars, wrapped.__closure__ or (), strict=True)) if code is not None else {}
-    scratch = getattr(run, "global_scratch_size", 1), getattr(run, "profile_scratch_size", 1)
-    if set(hidden) != {"launcher", "tensordesc_indices", "tensordesc_meta"} or any(scratch):
-        return run, (), lambda arguments: [*map(_as_triton, arguments)]
-    from triton.backends.nvidia import driver
-
-    make: Any = driver.make_tensordesc_arg
-
-    metas = hidden["tensordesc_meta"].cell_contents
-    known: dict[Any, list[Any]] = {}
-
-    def encode(arguments: list[Any]) -> list[Any]:
-        encoded = []
-        at = 0
-        for argument in arguments:
-            if type(argument) is not Tiles:
-                encoded.append(argument)
-                continue
-            key = at, argument.base.data_ptr(), argument.shape, argument.strides
-            found = known.get(key)
-            if found is None:
-                if len(known) >= _MOST:
-                    known.clear()
-                found = known[key] = make(argument.descriptor(), metas[at])
-            encoded += found
-            at += 1
-        return encoded
-
-    before = run.launch_cooperative_grid, run.launch_pdl, None, None  # and the scratch memories, of which it has none
-    return hidden["launcher"].cell_contents, before, encode
+def _descriptor_kind(descriptor: Any) -> tuple[Any, ...]:
+    """What Triton specialises on in a host-side tensor descriptor."""
+    return (
+        type(descriptor),
+        descriptor.base.dtype,
+        len(descriptor.shape),
+        tuple(descriptor.block_shape),
+        getattr(descriptor, "layout", None),
+    )
 
 
 def _hooked() -> bool:

@@ -24,9 +24,10 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fastmamba.configs import SsdConfig
-from fastmamba.kernels._launch import Launcher, Tiles
+from fastmamba.kernels._launch import Launcher
 from fastmamba.kernels._ssd_hopper_roles import (
     GROUP,
     ROWS,
@@ -208,11 +209,20 @@ _launch = Launcher(_kernel)
 _TILE = gl.NVMMASharedLayout(128, 16, rank=3)
 
 
-def _tiles(tensor: Tensor, channels: int, block: int) -> Tiles:
-    """Of a tensor seen as (B, T, channels), in blocks of 64 tokens."""
-    batch, tokens = tensor.shape[:2]
-    stride_b, stride_t = tensor.stride()[:2]
-    return Tiles(tensor, (batch, tokens, channels), (stride_b, stride_t, 1), (1, 64, block), _TILE)
+def _descriptor(tensor: Tensor, channels: int, block: int) -> TensorDescriptor:
+    """Of a tensor seen as (B, T, channels), in blocks of 64 tokens.
+
+    The checks of TensorDescriptor's own constructor cost more than the rest of a launch; `fastmamba.kernels.ssd` has
+    made them.
+    """
+    descriptor = object.__new__(TensorDescriptor)
+    descriptor.base = tensor
+    descriptor.shape = [tensor.shape[0], tensor.shape[1], channels]
+    descriptor.strides = [tensor.stride(0), tensor.stride(1), 1]
+    descriptor.block_shape = [1, 64, block]
+    descriptor.layout = _TILE
+    descriptor.padding = "zero"
+    return descriptor
 
 
 def ssd(
@@ -256,11 +266,11 @@ def ssd(
     channels = heads * head_dim
     tensors: tuple[Any, ...] = (
         dt,
-        _tiles(x, channels, 64),
-        _tiles(B, groups * width, width),
-        _tiles(C, groups * width, width),
-        None if z is None else _tiles(z, channels, 64),
-        _tiles(y, channels, 64),
+        _descriptor(x, channels, 64),
+        _descriptor(B, groups * width, width),
+        _descriptor(C, groups * width, width),
+        None if z is None else _descriptor(z, channels, 64),
+        _descriptor(y, channels, 64),
         A.contiguous(),
         None if D is None else D.contiguous(),
         None if dt_bias is None else dt_bias.contiguous(),
