@@ -9,14 +9,14 @@ _kept: dict[tuple[int, int], Tensor] = {}
 
 
 def zeros_left_as_found(count: int, device: torch.device) -> Tensor:
-    """At least `count` int32 zeros on a GPU, for a kernel that leaves them zero.
+    """At least `count` int32 zeros, for a kernel that leaves them zero.
 
     They are kept for the stream's next launch, which cannot start before this one ends: a memory of zeros of one's own
     costs a launch. A captured graph may be replayed on any stream, so it gets its own.
     """
-    index = torch.cuda.current_device() if device.index is None else device.index
-    if torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(count, dtype=torch.int32, device=device)
+    index = torch.cuda.current_device() if device.index is None else device.index
     key = index, torch._C._cuda_getCurrentRawStream(index)
     found = _kept.get(key)
     if found is None or found.numel() < count:

@@ -5,6 +5,10 @@ float32 while it walks the segment chunk by chunk. Where batch x heads does not 
 several segments. Then a block first sums up what its own segment adds to the state (a short pass over x and B), waits
 for the state that the segment before hands over, hands its own on, and only then walks the segment for the output.
 
+Everything is transposed: channels are the rows, so that the state and x are the left operands of the products, which
+tensor cores can take from registers. x, B, C and y go through tensor descriptors where the GPU has a copy engine for
+them and the tensors are laid out as it needs.
+
 Blocks take their work from an atomic ticket, segments in order, so a block only ever waits for a block that has already
 started: no start order can deadlock. Which block does a piece of work never changes what is added to what in which
 order, so the bits are the same on every run.
@@ -12,26 +16,52 @@ order, so the bits are the same on every run.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastmamba.configs import SsdConfig
 from fastmamba.kernels._dot import dot
 from fastmamba.kernels._exp2 import exp2
 from fastmamba.kernels._launch import Launcher, unit_stride
 from fastmamba.kernels._softplus import softplus
+from fastmamba.kernels._sync import zeros_left_as_found
 
 LOG2E = tl.constexpr(1.4426950408889634)
+
+# Rows of scratch memory that the prologue leaves, each [b, h, slice, t] in float32.
+_CUM = tl.constexpr(0)  # log2 of the decay since the chunk began
+_ENTRY = tl.constexpr(1)  # the same, less log2 of dt: 2 ** (CUM[t] - ENTRY[s]) is what s contributes at t; or dt itself
+_LEFT = tl.constexpr(2)  # dt times the decay until the chunk ends
+_SUMMED = tl.constexpr(3)  # dt times the decay until the segment ends
+_LOW = tl.constexpr(4)  # what rounding CUM lost
+
+
+@triton.jit
+def _log2(v):
+    """log2 of a float32 that is not negative, to 3e-7; what is less than the smallest normal number counts as zero."""
+    bits = v.to(tl.int32, bitcast=True)
+    whole = (bits >> 23) - 127
+    m = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
+    high = m > 1.4142135
+    m = tl.where(high, m * 0.5, m)
+    u = (m - 1.0) / (m + 1.0)
+    u2 = u * u
+    # 2 / ln 2 times the series of the inverse hyperbolic tangent; |u| < 0.172
+    series = 2.8853900817779268 + u2 * (0.9617966939 + u2 * (0.5770780164 + u2 * 0.4121985831))
+    log = tl.where(high, whole + 1, whole).to(tl.float32) + u * series
+    return tl.where(whole == -127, float("-inf"), log)
 
 
 @triton.jit
 def _discretize(
     dt_ptr,  # at [b, first token of the segment, h]
-    step_ptr,  # at [b, h, first token of the segment]
-    cum_ptr,
-    low_ptr,
+    nums_ptr,  # at [b, h, slice, first token of the segment]
+    lead,
     stride_dt_t,
     tokens,  # left from the segment's first token on
     chunks,
@@ -42,20 +72,29 @@ def _discretize(
     SOFTPLUS: tl.constexpr,
     CLAMP: tl.constexpr,
     COMPENSATED: tl.constexpr,
+    STEPS: tl.constexpr,
+    SPLIT: tl.constexpr,
     Q: tl.constexpr,
     R: tl.constexpr,
 ):
-    """Leave dt and, per chunk, the running sum of dt * A * log2(e) in scratch memory: [b, h, t], contiguous in t.
+    """Leave what the main loops need of dt in scratch memory; return log2 of the segment's decay.
 
-    A decay is the power of two of a difference of such sums. Where they reach hundreds, float32 alone leaves the
-    difference an absolute error near 1e-5: nothing to half precision, but many roundings of float32. COMPENSATED keeps
-    what rounding the sum lost beside it.
+    A decay is the power of two of a difference of running sums of dt * A * log2(e). Where they reach hundreds, float32
+    alone leaves the difference an absolute error near 1e-5: nothing to half precision, but many roundings of float32.
+    COMPENSATED sums in float64 and keeps what rounding the sum lost beside it. R chunks are worked out at a time, the
+    last ones first.
     """
+    wide: tl.constexpr = tl.float64 if COMPENSATED else tl.float32
     row = tl.arange(0, R)
     col = tl.arange(0, Q)
-    for first in range(0, chunks, R):
+    rounds = (chunks + R - 1) // R
+    after = tl.cast(0.0, wide)  # log2 of the decay from a round's last token to the segment's
+    rate = tl.cast(A, wide) * LOG2E
+    for i in range(rounds):
+        first = (rounds - 1 - i) * R
         t = (first + row)[:, None] * Q + col[None, :]  # [R, Q]
-        inside = t < tokens
+        own = (first + row)[:, None] < chunks
+        inside = own & (t < tokens)
         dt = tl.load(dt_ptr + t.to(tl.int64) * stride_dt_t, mask=inside, other=0.0).to(tl.float32)
         if SOFTPLUS and COMPENSATED:
             dt = dt.to(tl.float64) + bias
@@ -67,50 +106,84 @@ def _discretize(
         if CLAMP:
             dt = tl.minimum(tl.maximum(dt, dt_min), dt_max)
         dt = tl.where(inside, dt, 0.0)  # past the end: no decay, no input
-        own = (first + row)[:, None] < chunks
-        tl.store(step_ptr + t, dt, mask=own)
-        if COMPENSATED:
-            exact = tl.cumsum(dt.to(tl.float64) * (tl.cast(A, tl.float64) * LOG2E), axis=1)
-            cum = exact.to(tl.float32)
-            tl.store(low_ptr + t, (exact - cum.to(tl.float64)).to(tl.float32), mask=own)
+        exact = tl.cumsum(dt.to(wide) * rate, axis=1)
+        cum = exact.to(tl.float32)
+        last = tl.sum(dt.to(wide) * rate, axis=1)  # [R]
+        left = last[:, None] - exact  # log2 of the decay until the chunk ends
+        tl.store(nums_ptr + t, cum, mask=own)
+        if STEPS:
+            tl.store(nums_ptr + _ENTRY * lead + t, dt, mask=own)
+            scale = dt
         else:
-            cum = tl.cumsum(dt * (A * LOG2E), axis=1)
-        tl.store(cum_ptr + t, cum, mask=own)
+            log = _log2(dt)
+            tl.store(nums_ptr + _ENTRY * lead + t, cum - log, mask=own)
+            left += log
+            scale = 1.0
+        tl.store(nums_ptr + _LEFT * lead + t, scale * _power(left, COMPENSATED), mask=own)
+        if SPLIT:
+            later = tl.cumsum(last, axis=0, reverse=True) - last + after  # chunks of this round, and later rounds
+            tl.store(nums_ptr + _SUMMED * lead + t, scale * _power(left + later[:, None], COMPENSATED), mask=own)
+            after += tl.sum(last, axis=0)
+        if COMPENSATED:
+            tl.store(nums_ptr + _LOW * lead + t, (exact - cum.to(tl.float64)).to(tl.float32), mask=own)
     tl.debug_barrier()  # the block's other threads read it back
+    return after
 
 
 @triton.jit
-def _rows(ptr, stride, row, has_row, col, has_col):
-    """A tile of a token-major tensor: [rows, columns], zero where masked."""
-    return tl.load(ptr + row[:, None] * stride + col[None, :], mask=has_row[:, None] & has_col[None, :], other=0.0)
+def _power(v, COMPENSATED: tl.constexpr):
+    """2 ** v in float32, of float64 if COMPENSATED."""
+    if COMPENSATED:
+        high = v.to(tl.float32)
+        power = exp2(high, (v - high.to(tl.float64)).to(tl.float32), True)
+    else:
+        power = tl.exp2(v)
+    return power
 
 
 @triton.jit
-def _absorb(state, x, Bc, cum, low, step, last, last_low, PRECISION: tl.constexpr, ACCURATE: tl.constexpr):
-    """The state after a chunk, [P, N], from the state before it and the chunk's x [Q, P] and B [Q, N]."""
-    weight = step * exp2(last - cum, last_low - low, ACCURATE)
-    xw = (x.to(tl.float32) * weight[:, None]).to(x.dtype)
-    return state * exp2(last, last_low, ACCURATE) + dot(tl.trans(xw), Bc, PRECISION)
+def _tile(
+    source, b, t, column, stride_b, stride_t, tokens, width, Q: tl.constexpr, W: tl.constexpr, DESCRIBED: tl.constexpr
+):
+    """Rows t to t + Q of batch row b and W columns of a token-major tensor, [Q, W]: zero past its end and past `width`.
+
+    `source` is a tensor descriptor, or a pointer.
+    """
+    if DESCRIBED:
+        return source.load([b, t, column]).reshape(Q, W)
+    else:
+        q = tl.arange(0, Q)
+        w = tl.arange(0, W)
+        # int64 wherever a sequence position enters: 256K tokens pass 2**31 elements
+        at = source + tl.cast(b, tl.int64) * stride_b + tl.cast(t, tl.int64) * stride_t + column
+        return tl.load(
+            at + q[:, None] * stride_t + w[None, :], mask=(q < tokens - t)[:, None] & (w < width)[None, :], other=0.0
+        )
+
+
+@triton.jit
+def _weigh(xT, weight):
+    """x times what it weighs in the state, in the dtype of x: [P, Q]."""
+    return (xT.to(tl.float32) * weight[None, :]).to(xT.dtype)
 
 
 @triton.jit
 def _ssd_kernel(
-    x_ptr,
     dt_ptr,
+    x,
+    B,
+    C,
+    y,
     A_ptr,
-    B_ptr,
-    C_ptr,
     D_ptr,
     z_ptr,
     bias_ptr,
     init_ptr,
-    y_ptr,
     final_ptr,
     handed_ptr,
-    step_ptr,
-    cum_ptr,
-    low_ptr,
+    nums_ptr,
     sync_ptr,
+    lead,  # elements between rows of nums
     T,
     H,
     G,
@@ -141,22 +214,26 @@ def _ssd_kernel(
     R: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     CLAMP: tl.constexpr,
-    COMPENSATED: tl.constexpr,
+    STEPS: tl.constexpr,
     D_PER_HEAD: tl.constexpr,
     D_PER_CHANNEL: tl.constexpr,
-    GATED: tl.constexpr,
     STORE_FINAL: tl.constexpr,
     SPLIT: tl.constexpr,
     RELAXED: tl.constexpr,
     PRECISION: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+    STAGES: tl.constexpr,
     LOG_A: tl.constexpr,
 ):
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    dtype: tl.constexpr = x.dtype if DESCRIBED else x.dtype.element_ty
+    COMPENSATED: tl.constexpr = dtype == tl.float32
     slices: tl.constexpr = (P + BP - 1) // BP
 
     # -- which work: slices of P fastest, then heads (they share B and C in the cache), then segments, then the batch
     if SPLIT:
         ticket = tl.atomic_add(sync_ptr, 1, sem="relaxed")
+        if ticket + 1 == tl.num_programs(0):
+            tl.store(sync_ptr, 0)  # everybody has one: left as it was found
     else:
         ticket = tl.program_id(0)
     part = ticket % slices
@@ -164,19 +241,17 @@ def _ssd_kernel(
     h = rest % H
     rest = rest // H
     seg = rest % segments
-    b = (rest // segments).to(tl.int64)
+    b = rest // segments
     g = h // (H // G)
 
-    first = seg.to(tl.int64) * (chunks_per_segment * Q)  # the segment's first token
-    chunks_total = (T + Q - 1) // Q
-    chunks = tl.minimum(chunks_per_segment, chunks_total - seg * chunks_per_segment)
-    tokens = (T - first).to(tl.int32)
+    first = seg * (chunks_per_segment * Q)  # the segment's first token
+    chunks = tl.minimum(chunks_per_segment, (T + Q - 1) // Q - seg * chunks_per_segment)
+    tokens = T - first
 
     p = part * BP + tl.arange(0, BP)
     n = tl.arange(0, BN)
     q = tl.arange(0, Q)
     has_p = p < P
-    has_n = n < N
 
     A = tl.load(A_ptr + h).to(tl.float32)
     if LOG_A:
@@ -190,16 +265,13 @@ def _ssd_kernel(
         bias = tl.load(bias_ptr + h).to(tl.float32)
 
     # -- dt and decays of the whole segment, outside the main loops. Slices of P would write the same: each has its own.
-    scratch = ((b * H + h) * slices + part) * segments * chunks_per_segment * Q + first
-    step_ptr += scratch
-    cum_ptr += scratch
-    if COMPENSATED:
-        low_ptr += scratch
-    _discretize(
-        dt_ptr + b * stride_dt_b + first * stride_dt_t + h * stride_dt_h,
-        step_ptr,
-        cum_ptr,
-        low_ptr,
+    walk = (tl.cast(b, tl.int64) * H + h) * slices + part
+    nums_ptr += (walk * segments + seg) * chunks_per_segment * Q
+    lead = tl.cast(lead, tl.int64)
+    decay = _discretize(
+        dt_ptr + tl.cast(b, tl.int64) * stride_dt_b + tl.cast(first, tl.int64) * stride_dt_t + h * stride_dt_h,
+        nums_ptr,
+        lead,
         stride_dt_t,
         tokens,
         chunks,
@@ -210,54 +282,45 @@ def _ssd_kernel(
         SOFTPLUS,
         CLAMP,
         COMPENSATED,
+        STEPS,
+        SPLIT,
         Q,
         R,
     )
 
-    # int64 wherever a sequence position enters: 256K tokens pass 2**31 elements
-    x_seg = x_ptr + b * stride_x_b + first * stride_x_t + h * stride_x_h
-    B_seg = B_ptr + b * stride_B_b + first * stride_B_t + g * stride_B_g
-    C_seg = C_ptr + b * stride_C_b + first * stride_C_t + g * stride_C_g
-
+    x_column = h * stride_x_h + part * BP
+    B_column = g * stride_B_g
+    C_column = g * stride_C_g
+    width_x = P - part * BP
     state = tl.zeros((BP, BN), dtype=tl.float32)  # [P, N]
-    state_at = ((b * H + h) * P).to(tl.int64) * N + p[:, None] * N + n[None, :]
-    has_state = has_p[:, None] & has_n[None, :]
+    state_at = (tl.cast(b, tl.int64) * H + h) * P * N + p[:, None] * N + n[None, :]
+    has_state = has_p[:, None] & (n < N)[None, :]
 
     # -- the state before the segment
     if SPLIT:
-        row = (b * H + h) * slices + part
-        flag = sync_ptr + 1 + row * segments + seg
-        handed = handed_ptr + ((b * H + h) * segments + seg) * (P * N) + p[:, None] * N + n[None, :]
+        flag = sync_ptr + 1 + walk * segments + seg
+        handed = handed_ptr + ((tl.cast(b, tl.int64) * H + h) * segments + seg) * (P * N) + p[:, None] * N + n[None, :]
         own = tl.zeros((BP, BN), dtype=tl.float32)
-        decay = 0.0
         if seg + 1 < segments:  # what this segment alone adds to the state
-            for c in range(chunks):
-                at = tl.cast(c, tl.int64) * Q
-                inside = q < tokens - c * Q
-                cum = tl.load(cum_ptr + at + q)
-                step = tl.load(step_ptr + at + q)
-                last = tl.load(cum_ptr + at + Q - 1)
-                low = 0.0
-                last_low = 0.0
-                if COMPENSATED:
-                    low = tl.load(low_ptr + at + q)
-                    last_low = tl.load(low_ptr + at + Q - 1)
-                x = _rows(x_seg + at * stride_x_t, stride_x_t, q, inside, p, has_p)  # [Q, P]
-                Bc = _rows(B_seg + at * stride_B_t, stride_B_t, q, inside, n, has_n)  # [Q, N]
-                own = _absorb(own, x, Bc, cum, low, step, last, last_low, PRECISION, COMPENSATED)
-                decay += last
+            for c in tl.range(0, chunks, num_stages=STAGES):
+                t = first + c * Q
+                weight = tl.load(nums_ptr + _SUMMED * lead + c * Q + q)
+                xT = tl.trans(_tile(x, b, t, x_column, stride_x_b, stride_x_t, T, width_x, Q, BP, DESCRIBED))
+                Bc = _tile(B, b, t, B_column, stride_B_b, stride_B_t, T, N, Q, BN, DESCRIBED)  # [Q, N]
+                own += dot(_weigh(xT, weight), Bc, PRECISION)
         if seg > 0:
             arrived = tl.atomic_add(flag - 1, 0, sem="acquire")
             while arrived == 0:
                 arrived = tl.atomic_add(flag - 1, 0, sem="acquire")
             tl.debug_barrier()
+            tl.store(flag - 1, 0)  # the flags are left as they were found
             # written by another multiprocessor a moment ago: not from the L1 cache
             state = tl.load(handed - P * N, mask=has_state, other=0.0, cache_modifier=".cg").to(tl.float32)
         elif init_ptr is not None:
             state = tl.load(init_ptr + state_at, mask=has_state, other=0.0).to(tl.float32)
         if seg + 1 < segments:
             tl.store(
-                handed, (own + state * exp2(decay, 0.0, COMPENSATED)).to(handed_ptr.dtype.element_ty), mask=has_state
+                handed, (own + state * _power(decay, COMPENSATED)).to(handed_ptr.dtype.element_ty), mask=has_state
             )
             tl.debug_barrier()  # every thread's part is written before the flag rises
             tl.atomic_xchg(flag, 1, sem="release")
@@ -265,63 +328,106 @@ def _ssd_kernel(
         state = tl.load(init_ptr + state_at, mask=has_state, other=0.0).to(tl.float32)
 
     # -- the output
-    y_seg = y_ptr + ((b * T + first) * H + h) * P
     if D_PER_CHANNEL:
-        D = tl.load(D_ptr + h * P + p, mask=has_p, other=0.0).to(tl.float32)[None, :]
+        D = tl.load(D_ptr + h * P + p, mask=has_p, other=0.0).to(tl.float32)[:, None]
     elif D_PER_HEAD:
         D = tl.load(D_ptr + h).to(tl.float32)
-    for c in range(chunks):
-        at = tl.cast(c, tl.int64) * Q
-        cum = tl.load(cum_ptr + at + q)
-        step = tl.load(step_ptr + at + q)
-        last = tl.load(cum_ptr + at + Q - 1)
+    for c in tl.range(0, chunks, num_stages=STAGES):
+        t = first + c * Q
+        at = nums_ptr + c * Q
+        cum = tl.load(at + q)
+        entry = tl.load(at + _ENTRY * lead + q)
+        weight = tl.load(at + _LEFT * lead + q)
+        last = tl.load(at + Q - 1)
         low = 0.0
         last_low = 0.0
         low_since = 0.0
         if COMPENSATED:
-            low = tl.load(low_ptr + at + q)
-            last_low = tl.load(low_ptr + at + Q - 1)
-            low_since = low[:, None] - low[None, :]
-        inside = q < tokens - c * Q
-        x = _rows(x_seg + at * stride_x_t, stride_x_t, q, inside, p, has_p)  # [Q, P]
-        Bc = _rows(B_seg + at * stride_B_t, stride_B_t, q, inside, n, has_n)  # [Q, N]
-        Cc = _rows(C_seg + at * stride_C_t, stride_C_t, q, inside, n, has_n)  # [Q, N]
+            low = tl.load(at + _LOW * lead + q)
+            last_low = tl.load(at + _LOW * lead + Q - 1)
+            low_since = low[None, :] - low[:, None]
+        xT = tl.trans(_tile(x, b, t, x_column, stride_x_b, stride_x_t, T, width_x, Q, BP, DESCRIBED))  # [P, Q]
+        Bc = _tile(B, b, t, B_column, stride_B_b, stride_B_t, T, N, Q, BN, DESCRIBED)  # [Q, N]
+        CT = tl.trans(_tile(C, b, t, C_column, stride_C_b, stride_C_t, T, N, Q, BN, DESCRIBED))  # [N, Q]
 
-        decayed = exp2(cum[:, None] - cum[None, :], low_since, COMPENSATED) * step[None, :]  # from s to t
-        decayed = tl.where(q[:, None] >= q[None, :], decayed, 0.0)
-        since = exp2(cum, low, COMPENSATED)[:, None]
-        before = tl.trans(state.to(dtype))
+        causal = q[:, None] <= q[None, :]  # [s, t]
+        if STEPS:
+            decayed = exp2(cum[None, :] - cum[:, None], low_since, COMPENSATED) * entry[:, None]
+            decayed = tl.where(causal, decayed, 0.0)
+        else:
+            decayed = tl.exp2(tl.where(causal, cum[None, :] - entry[:, None], float("-inf")))
+        since = exp2(cum, low, COMPENSATED)[None, :]
         if COMPENSATED and BN > 128:
             # Tensor cores cut off what each partial sum gains below its last bit: shorter sums lose less of float32.
-            front = tl.where((n < BN // 2)[None, :], Cc, 0.0)
-            back = tl.where((n >= BN // 2)[None, :], Cc, 0.0)
-            scores = dot(front, tl.trans(Bc), PRECISION) * decayed + dot(back, tl.trans(Bc), PRECISION) * decayed
-            y = dot(front, before, PRECISION) * since + dot(back, before, PRECISION) * since
+            front = tl.where((n < BN // 2)[:, None], CT, 0.0)
+            back = tl.where((n >= BN // 2)[:, None], CT, 0.0)
+            scores = dot(Bc, front, PRECISION) * decayed + dot(Bc, back, PRECISION) * decayed
+            yT = dot(state, front, PRECISION) * since + dot(state, back, PRECISION) * since
         else:
-            scores = dot(Cc, tl.trans(Bc), PRECISION)  # [Q, Q]
+            scores = dot(Bc, CT, PRECISION)
             if RELAXED:
                 scores = scores.to(dtype).to(tl.float32)
                 decayed = decayed.to(dtype).to(tl.float32)
             scores *= decayed
-            y = dot(Cc, before, PRECISION) * since  # [Q, P], what came before the chunk
-        y += dot(scores.to(dtype), x, PRECISION)
-        state = _absorb(state, x, Bc, cum, low, step, last, last_low, PRECISION, COMPENSATED)
-
+            yT = dot(state.to(dtype), CT, PRECISION) * since  # [P, Q], what came before the chunk
+        yT += dot(xT, scores.to(dtype), PRECISION)
         if D_PER_HEAD or D_PER_CHANNEL:
-            y += x.to(tl.float32) * D
-        if GATED:
-            z_at = z_ptr + b * stride_z_b + (first + at) * stride_z_t + h * stride_z_h
-            z = _rows(z_at, stride_z_t, q, inside, p, has_p).to(tl.float32)
-            y *= z * tl.sigmoid(z)
-        y_at = y_seg + at * (H * P) + q[:, None] * (H * P) + p[None, :]
-        tl.store(y_at, y.to(dtype), mask=inside[:, None] & has_p[None, :])
+            yT += xT.to(tl.float32) * D
+        if z_ptr is not None:
+            z_at = z_ptr + tl.cast(b, tl.int64) * stride_z_b + tl.cast(t, tl.int64) * stride_z_t + h * stride_z_h
+            has_z = (q < T - t)[:, None] & has_p[None, :]
+            z = tl.trans(tl.load(z_at + q[:, None] * stride_z_t + p[None, :], mask=has_z, other=0.0).to(tl.float32))
+            yT *= z * tl.sigmoid(z)
+        # last, so that it may go on while the next chunk begins
+        state = dot(_weigh(xT, weight), Bc, PRECISION) + state * exp2(last, last_low, COMPENSATED)
+        out = tl.trans(yT.to(dtype))
+        if DESCRIBED:
+            y.store([b, t, h * P + part * BP], out.reshape(1, Q, BP))
+        else:
+            y_at = y + ((tl.cast(b, tl.int64) * T + t) * H + h) * P + q[:, None] * (H * P) + p[None, :]
+            tl.store(y_at, out, mask=(q < T - t)[:, None] & has_p[None, :])
 
     if STORE_FINAL:
         if seg + 1 == segments:
             tl.store(final_ptr + state_at, state, mask=has_state)
 
 
+
 _launch = Launcher(_ssd_kernel)
+
+
+def _copy_engine(device: torch.device) -> bool:
+    """Whether the GPU copies tiles by tensor descriptors; elsewhere Triton turns them into plain loads."""
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _describable(tensor: Tensor, block: int) -> bool:
+    """Whether (B, T, K, W) can be seen as (B, T, K * W) by a descriptor, in blocks that divide W."""
+    size = tensor.dtype.itemsize
+    stride_b, stride_t, stride_k, stride_w = tensor.stride()
+    width = tensor.shape[3]
+    return (
+        width % block == 0
+        and stride_w == 1
+        and stride_k == width
+        and (stride_b * size) % 16 == 0
+        and (stride_t * size) % 16 == 0
+        and tensor.data_ptr() % 16 == 0
+    )
+
+
+def _descriptor(tensor: Tensor, chunk: int, block: int) -> TensorDescriptor:
+    """Of (B, T, K, W) seen as (B, T, K * W), in blocks of a chunk's tokens.
+
+    The checks of TensorDescriptor's own constructor cost more than the rest of a launch; `_describable` has made them.
+    """
+    descriptor = object.__new__(TensorDescriptor)
+    descriptor.base = tensor
+    descriptor.shape = [tensor.shape[0], tensor.shape[1], tensor.shape[2] * tensor.shape[3]]
+    descriptor.strides = [tensor.stride(0), tensor.stride(1), 1]
+    descriptor.block_shape = [1, chunk, block]
+    descriptor.padding = "zero"
+    return descriptor
 
 
 def ssd(
@@ -354,34 +460,39 @@ def ssd(
     per_segment = -(-chunks // config.segments)
     segments = -(-chunks // per_segment)
     slices = -(-head_dim // config.block_p)
-    blocks = batch * heads * slices * segments
+    walks = batch * heads * slices
+    lead = walks * segments * per_segment * chunk
 
     new = x.new_empty
     y = new((batch, tokens, heads, head_dim))
     final = new((batch, heads, head_dim, width) if return_final_states else (0,), dtype=torch.float32)
-    handed = new(batch * heads * segments * head_dim * width if segments > 1 else 0, dtype=state_dtype)
+    handed = sync = final  # not looked at unless the sequence is split
+    if segments > 1:
+        handed = new(batch * heads * segments * head_dim * width, dtype=state_dtype)
+        sync = zeros_left_as_found(1 + walks * segments, x.device)
     compensated = x.dtype == torch.float32
-    scratch = new((3 if compensated else 2, blocks * per_segment * chunk), dtype=torch.float32)
-    sync = torch.zeros(1 + blocks, dtype=torch.int32, device=x.device) if segments > 1 else None
+    nums = new((5 if compensated else 4 if segments > 1 else 3) * lead, dtype=torch.float32)
+    strides = (*x.stride()[:3], *dt.stride(), *B.stride()[:3], *C.stride()[:3])
+    tiles: tuple[Any, ...] = (x, B, C, y)
+    blocks = (config.block_p, config.block_n, config.block_n, config.block_p)
+    described = _copy_engine(x.device) and all(map(_describable, tiles, blocks))
+    if described:
+        tiles = tuple(_descriptor(tensor, chunk, block) for tensor, block in zip(tiles, blocks, strict=True))
     tensors = (
-        x,
         dt,
+        *tiles,
         A.contiguous(),
-        B,
-        C,
         None if D is None else D.contiguous(),
         z,
         None if dt_bias is None else dt_bias.contiguous(),
         None if initial_states is None else initial_states.contiguous(),
-        y,
         final,
         handed,
-        scratch[0],
-        scratch[1],
-        scratch[2] if compensated else None,
+        nums,
         sync,
     )
     numbers = (
+        lead,
         tokens,
         heads,
         groups,
@@ -389,10 +500,7 @@ def ssd(
         per_segment,
         dt_min,
         dt_max,
-        *x.stride()[:3],
-        *dt.stride(),
-        *B.stride()[:3],
-        *C.stride()[:3],
+        *strides,
         *(z.stride()[:3] if z is not None else (0, 0, 0)),
     )
     constants = (
@@ -404,15 +512,16 @@ def ssd(
         config.rows,
         dt_softplus,
         dt_min > 0.0 or dt_max != float("inf") or not dt_softplus,
-        compensated,
+        compensated or not dt_min >= 0.0,  # a logarithm needs dt to be positive
         D is not None and D.ndim == 1,
         D is not None and D.ndim == 2,
-        z is not None,
         return_final_states,
         segments > 1,
         relaxed,
         config.precision,
+        described,
+        config.stages,
         log_A,
     )
-    _launch((blocks, 1, 1), tensors, numbers, constants, num_warps=config.warps, num_stages=config.stages)
+    _launch((walks * segments, 1, 1), tensors, numbers, constants, num_warps=config.warps, num_stages=config.stages)
     return y, final
