@@ -25,120 +25,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastmamba.configs import SsdConfig
+from fastmamba.kernels._decays import CUM, ENTRY, LEFT, LOW, SUMMED, discretize, power_of_2
 from fastmamba.kernels._dot import dot
 from fastmamba.kernels._exp2 import exp2
 from fastmamba.kernels._launch import Launcher, unit_stride
-from fastmamba.kernels._softplus import softplus
 from fastmamba.kernels._sync import zeros_left_as_found
-
-LOG2E = tl.constexpr(1.4426950408889634)
-
-# Rows of scratch memory that the prologue leaves, each [b, h, slice, t] in float32.
-_CUM = tl.constexpr(0)  # log2 of the decay since the chunk began
-_ENTRY = tl.constexpr(1)  # the same, less log2 of dt: 2 ** (CUM[t] - ENTRY[s]) is what s contributes at t; or dt itself
-_LEFT = tl.constexpr(2)  # dt times the decay until the chunk ends
-_SUMMED = tl.constexpr(3)  # dt times the decay until the segment ends
-_LOW = tl.constexpr(4)  # what rounding CUM lost
-
-
-@triton.jit
-def _log2(v):
-    """log2 of a float32 that is not negative, to 3e-7; what is less than the smallest normal number counts as zero."""
-    bits = v.to(tl.int32, bitcast=True)
-    whole = (bits >> 23) - 127
-    m = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
-    high = m > 1.4142135
-    m = tl.where(high, m * 0.5, m)
-    u = (m - 1.0) / (m + 1.0)
-    u2 = u * u
-    # 2 / ln 2 times the series of the inverse hyperbolic tangent; |u| < 0.172
-    series = 2.8853900817779268 + u2 * (0.9617966939 + u2 * (0.5770780164 + u2 * 0.4121985831))
-    log = tl.where(high, whole + 1, whole).to(tl.float32) + u * series
-    return tl.where(whole == -127, float("-inf"), log)
-
-
-@triton.jit
-def _discretize(
-    dt_ptr,  # at [b, first token of the segment, h]
-    nums_ptr,  # at [b, h, slice, first token of the segment]
-    lead,
-    stride_dt_t,
-    tokens,  # left from the segment's first token on
-    chunks,
-    A,
-    bias,
-    dt_min,
-    dt_max,
-    SOFTPLUS: tl.constexpr,
-    CLAMP: tl.constexpr,
-    COMPENSATED: tl.constexpr,
-    STEPS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    Q: tl.constexpr,
-    R: tl.constexpr,
-):
-    """Leave what the main loops need of dt in scratch memory; return log2 of the segment's decay.
-
-    A decay is the power of two of a difference of running sums of dt * A * log2(e). Where they reach hundreds, float32
-    alone leaves the difference an absolute error near 1e-5: nothing to half precision, but many roundings of float32.
-    COMPENSATED sums in float64 and keeps what rounding the sum lost beside it. R chunks are worked out at a time, the
-    last ones first.
-    """
-    wide: tl.constexpr = tl.float64 if COMPENSATED else tl.float32
-    row = tl.arange(0, R)
-    col = tl.arange(0, Q)
-    rounds = (chunks + R - 1) // R
-    after = tl.cast(0.0, wide)  # log2 of the decay from a round's last token to the segment's
-    rate = tl.cast(A, wide) * LOG2E
-    for i in range(rounds):
-        first = (rounds - 1 - i) * R
-        t = (first + row)[:, None] * Q + col[None, :]  # [R, Q]
-        own = (first + row)[:, None] < chunks
-        inside = own & (t < tokens)
-        dt = tl.load(dt_ptr + t.to(tl.int64) * stride_dt_t, mask=inside, other=0.0).to(tl.float32)
-        if SOFTPLUS and COMPENSATED:
-            dt = dt.to(tl.float64) + bias
-            dt = (tl.maximum(dt, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(dt)))).to(tl.float32)
-        elif SOFTPLUS:
-            dt = softplus(dt + bias)
-        else:
-            dt += bias
-        if CLAMP:
-            dt = tl.minimum(tl.maximum(dt, dt_min), dt_max)
-        dt = tl.where(inside, dt, 0.0)  # past the end: no decay, no input
-        exact = tl.cumsum(dt.to(wide) * rate, axis=1)
-        cum = exact.to(tl.float32)
-        last = tl.sum(dt.to(wide) * rate, axis=1)  # [R]
-        left = last[:, None] - exact  # log2 of the decay until the chunk ends
-        tl.store(nums_ptr + t, cum, mask=own)
-        if STEPS:
-            tl.store(nums_ptr + _ENTRY * lead + t, dt, mask=own)
-            scale = dt
-        else:
-            log = _log2(dt)
-            tl.store(nums_ptr + _ENTRY * lead + t, cum - log, mask=own)
-            left += log
-            scale = 1.0
-        tl.store(nums_ptr + _LEFT * lead + t, scale * _power(left, COMPENSATED), mask=own)
-        if SPLIT:
-            later = tl.cumsum(last, axis=0, reverse=True) - last + after  # chunks of this round, and later rounds
-            tl.store(nums_ptr + _SUMMED * lead + t, scale * _power(left + later[:, None], COMPENSATED), mask=own)
-            after += tl.sum(last, axis=0)
-        if COMPENSATED:
-            tl.store(nums_ptr + _LOW * lead + t, (exact - cum.to(tl.float64)).to(tl.float32), mask=own)
-    tl.debug_barrier()  # the block's other threads read it back
-    return after
-
-
-@triton.jit
-def _power(v, COMPENSATED: tl.constexpr):
-    """2 ** v in float32, of float64 if COMPENSATED."""
-    if COMPENSATED:
-        high = v.to(tl.float32)
-        power = exp2(high, (v - high.to(tl.float64)).to(tl.float32), True)
-    else:
-        power = tl.exp2(v)
-    return power
 
 
 @triton.jit
@@ -268,7 +159,7 @@ def _ssd_kernel(
     walk = (tl.cast(b, tl.int64) * H + h) * slices + part
     nums_ptr += (walk * segments + seg) * chunks_per_segment * Q
     lead = tl.cast(lead, tl.int64)
-    decay = _discretize(
+    decay = discretize(
         dt_ptr + tl.cast(b, tl.int64) * stride_dt_b + tl.cast(first, tl.int64) * stride_dt_t + h * stride_dt_h,
         nums_ptr,
         lead,
@@ -304,7 +195,7 @@ def _ssd_kernel(
         if seg + 1 < segments:  # what this segment alone adds to the state
             for c in tl.range(0, chunks, num_stages=STAGES):
                 t = first + c * Q
-                weight = tl.load(nums_ptr + _SUMMED * lead + c * Q + q)
+                weight = tl.load(nums_ptr + SUMMED * lead + c * Q + q)
                 xT = tl.trans(_tile(x, b, t, x_column, stride_x_b, stride_x_t, T, width_x, Q, BP, DESCRIBED))
                 Bc = _tile(B, b, t, B_column, stride_B_b, stride_B_t, T, N, Q, BN, DESCRIBED)  # [Q, N]
                 own += dot(_weigh(xT, weight), Bc, PRECISION)
@@ -320,7 +211,7 @@ def _ssd_kernel(
             state = tl.load(init_ptr + state_at, mask=has_state, other=0.0).to(tl.float32)
         if seg + 1 < segments:
             tl.store(
-                handed, (own + state * _power(decay, COMPENSATED)).to(handed_ptr.dtype.element_ty), mask=has_state
+                handed, (own + state * power_of_2(decay, COMPENSATED)).to(handed_ptr.dtype.element_ty), mask=has_state
             )
             tl.debug_barrier()  # every thread's part is written before the flag rises
             tl.atomic_xchg(flag, 1, sem="release")
@@ -335,16 +226,16 @@ def _ssd_kernel(
     for c in tl.range(0, chunks, num_stages=STAGES):
         t = first + c * Q
         at = nums_ptr + c * Q
-        cum = tl.load(at + q)
-        entry = tl.load(at + _ENTRY * lead + q)
-        weight = tl.load(at + _LEFT * lead + q)
-        last = tl.load(at + Q - 1)
+        cum = tl.load(at + CUM * lead + q)
+        entry = tl.load(at + ENTRY * lead + q)
+        weight = tl.load(at + LEFT * lead + q)
+        last = tl.load(at + CUM * lead + Q - 1)
         low = 0.0
         last_low = 0.0
         low_since = 0.0
         if COMPENSATED:
-            low = tl.load(at + _LOW * lead + q)
-            last_low = tl.load(at + _LOW * lead + Q - 1)
+            low = tl.load(at + LOW * lead + q)
+            last_low = tl.load(at + LOW * lead + Q - 1)
             low_since = low[None, :] - low[:, None]
         xT = tl.trans(_tile(x, b, t, x_column, stride_x_b, stride_x_t, T, width_x, Q, BP, DESCRIBED))  # [P, Q]
         Bc = _tile(B, b, t, B_column, stride_B_b, stride_B_t, T, N, Q, BN, DESCRIBED)  # [Q, N]
@@ -390,7 +281,6 @@ def _ssd_kernel(
     if STORE_FINAL:
         if seg + 1 == segments:
             tl.store(final_ptr + state_at, state, mask=has_state)
-
 
 
 _launch = Launcher(_ssd_kernel)

@@ -1,0 +1,120 @@
+"""What the portable SSD kernel works out of dt before its main loops."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastmamba.kernels._exp2 import exp2
+from fastmamba.kernels._softplus import softplus
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+# Rows of scratch memory that the prologue leaves, each [b, h, slice, t] in float32.
+CUM = tl.constexpr(0)  # log2 of the decay since the chunk began
+ENTRY = tl.constexpr(1)  # the same, less log2 of dt: 2 ** (CUM[t] - ENTRY[s]) is what s contributes at t; or dt itself
+LEFT = tl.constexpr(2)  # dt times the decay until the chunk ends
+SUMMED = tl.constexpr(3)  # dt times the decay until the segment ends
+LOW = tl.constexpr(4)  # what rounding CUM lost
+
+
+@triton.jit
+def _log2(v):
+    """log2 of a float32 that is not negative, to 3e-7; what is less than the smallest normal number counts as zero."""
+    bits = v.to(tl.int32, bitcast=True)
+    whole = (bits >> 23) - 127
+    m = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
+    high = m > 1.4142135
+    m = tl.where(high, m * 0.5, m)
+    u = (m - 1.0) / (m + 1.0)
+    u2 = u * u
+    # 2 / ln 2 times the series of the inverse hyperbolic tangent; |u| < 0.172
+    series = 2.8853900817779268 + u2 * (0.9617966939 + u2 * (0.5770780164 + u2 * 0.4121985831))
+    log = tl.where(high, whole + 1, whole).to(tl.float32) + u * series
+    return tl.where(whole == -127, float("-inf"), log)
+
+
+@triton.jit
+def power_of_2(v, COMPENSATED: tl.constexpr):
+    """2 ** v in float32, of float64 if COMPENSATED."""
+    if COMPENSATED:
+        high = v.to(tl.float32)
+        power = exp2(high, (v - high.to(tl.float64)).to(tl.float32), True)
+    else:
+        power = tl.exp2(v)
+    return power
+
+
+@triton.jit
+def discretize(
+    dt_ptr,  # at [b, first token of the segment, h]
+    nums_ptr,  # at [b, h, slice, first token of the segment]
+    lead,
+    stride_dt_t,
+    tokens,  # left from the segment's first token on
+    chunks,
+    A,
+    bias,
+    dt_min,
+    dt_max,
+    SOFTPLUS: tl.constexpr,
+    CLAMP: tl.constexpr,
+    COMPENSATED: tl.constexpr,
+    STEPS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    Q: tl.constexpr,
+    R: tl.constexpr,
+):
+    """Leave what the main loops need of dt in scratch memory; return log2 of the segment's decay.
+
+    A decay is the power of two of a difference of running sums of dt * A * log2(e). Where they reach hundreds, float32
+    alone leaves the difference an absolute error near 1e-5: nothing to half precision, but many roundings of float32.
+    COMPENSATED sums in float64 and keeps what rounding the sum lost beside it. R chunks are worked out at a time, the
+    last ones first.
+    """
+    wide: tl.constexpr = tl.constexpr(tl.float64 if COMPENSATED else tl.float32)
+    row = tl.arange(0, R)
+    col = tl.arange(0, Q)
+    rounds = (chunks + R - 1) // R
+    after = tl.cast(0.0, wide)  # log2 of the decay from a round's last token to the segment's
+    rate = tl.cast(A, wide) * LOG2E
+    for i in range(rounds):
+        first = (rounds - 1 - i) * R
+        t = (first + row)[:, None] * Q + col[None, :]  # [R, Q]
+        own = (first + row)[:, None] < chunks
+        inside = own & (t < tokens)
+        dt = tl.load(dt_ptr + t.to(tl.int64) * stride_dt_t, mask=inside, other=0.0).to(tl.float32)
+        if SOFTPLUS and COMPENSATED:
+            dt = dt.to(tl.float64) + bias
+            dt = (tl.maximum(dt, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(dt)))).to(tl.float32)
+        elif SOFTPLUS:
+            dt = softplus(dt + bias)
+        else:
+            dt += bias
+        if CLAMP:
+            dt = tl.minimum(tl.maximum(dt, dt_min), dt_max)
+        dt = tl.where(inside, dt, 0.0)  # past the end: no decay, no input
+        exact = tl.cumsum(dt.to(wide) * rate, axis=1)
+        cum = exact.to(tl.float32)
+        last = tl.sum(dt.to(wide) * rate, axis=1)  # [R]
+        left = tl.expand_dims(last, 1) - exact  # log2 of the decay until the chunk ends
+        tl.store(nums_ptr + t, cum, mask=own)
+        if STEPS:
+            tl.store(nums_ptr + ENTRY * lead + t, dt, mask=own)
+            scale = dt
+        else:
+            log = _log2(dt)
+            tl.store(nums_ptr + ENTRY * lead + t, cum - log, mask=own)
+            left += log
+            scale = 1.0
+        tl.store(nums_ptr + LEFT * lead + t, scale * power_of_2(left, COMPENSATED), mask=own)
+        if SPLIT:
+            later = tl.cumsum(last, axis=0, reverse=True) - last + after  # chunks of this round, and later rounds
+            tl.store(
+                nums_ptr + SUMMED * lead + t, scale * power_of_2(left + tl.expand_dims(later, 1), COMPENSATED), mask=own
+            )
+            after += tl.sum(last, axis=0)
+        if COMPENSATED:
+            tl.store(nums_ptr + LOW * lead + t, (exact - cum.to(tl.float64)).to(tl.float32), mask=own)
+    tl.debug_barrier()  # the block's other threads read it back
+    return after
