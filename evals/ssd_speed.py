@@ -57,7 +57,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no further shape after this long")
-    parser.add_argument("--workers", type=int, default=0, help="processes that compile the peers' kernels beforehand")
+    parser.add_argument("--workers", type=int, default=0, help="processes that compile beforehand")
     parser.add_argument("--output", type=Path, default=Path("results/ssd_speed.json"))
     parser.add_argument("--plot", type=Path, metavar="JSON", help="only draw the plot of an earlier run")
     options = parser.parse_args()
@@ -175,11 +175,11 @@ def poison(case: SsdCase) -> None:
 
 
 def compile_beforehand(workers: int, shapes: list[Shape], dtype: str) -> None:
-    """Fill Triton's cache with what the peers' autotuners try, several at a time: they compile one by one."""
+    """Fill Triton's cache with our kernels and what the peers' autotuners try, which would compile one by one."""
     if workers:
         program = [sys.executable, str(Path(__file__).with_name("ssd_compile.py")), dtype, str(workers)]
-        sizes = sorted({(shape.heads, shape.head_dim, shape.groups, shape.state) for shape in shapes})
-        running = [subprocess.Popen([*program, str(i), json.dumps(sizes)], env=os.environ) for i in range(workers)]
+        listed = json.dumps([vars(shape) for shape in shapes])
+        running = [subprocess.Popen([*program, str(i), listed], env=os.environ) for i in range(workers)]
         for process in running:
             process.wait()
 

@@ -58,7 +58,8 @@ def _weigh(xT, weight):
     return (xT.to(tl.float32) * weight[None, :]).to(xT.dtype)
 
 
-@triton.jit
+# One binary for all sizes: a specialisation saves nothing here and costs seconds of compilation.
+@triton.jit(do_not_specialize=["lead", "T", "H", "G", "segments", "chunks_per_segment"])
 def _ssd_kernel(
     dt_ptr,
     x,
