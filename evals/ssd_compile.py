@@ -1,4 +1,4 @@
-"""Compile into Triton's cache our kernels and what the peers' autotuners will try; `ssd_speed.py --workers` runs several.
+"""Compile our kernels and what the peers' autotuners will try into Triton's cache; run by `ssd_speed.py --workers`.
 
 An autotuner compiles its candidates one after the other, half a minute for each new width of head and state. Nothing is
 timed here, so the choice is left to the run that measures.

@@ -59,7 +59,7 @@ def _weigh(xT, weight):
 
 
 # One binary for all sizes: a specialisation saves nothing here and costs seconds of compilation.
-@triton.jit(do_not_specialize=["lead", "T", "H", "G", "segments", "chunks_per_segment"])
+@triton.jit(do_not_specialize=["T", "segments", "chunks_per_segment"])
 def _ssd_kernel(
     dt_ptr,
     x,
