@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from fastmamba import configs
 from fastmamba.ops import ssd
 from fastmamba.testing import SsdCase, assert_golden, random_ssd_case, relative_error, ssd_case
 
@@ -60,6 +61,29 @@ def test_relaxed_precision_costs_a_few_roundings(dtype: torch.dtype, backend: st
     assert not torch.equal(relaxed, exact)
     # scores, decays and their product are each rounded where only the product was
     assert relative_error(relaxed, oracle) <= 3 * relative_error(exact, oracle)
+
+
+@pytest.mark.parametrize("backend", ["triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tiles_by_tensor_descriptors(
+    dtype: torch.dtype, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastmamba.kernels import ssd_portable
+
+    described = []
+    describe = ssd_portable._descriptor
+    monkeypatch.setattr(ssd_portable, "_copy_engine", lambda device: True)
+    monkeypatch.setattr(ssd_portable, "_descriptor", lambda *given: described.append(given) or describe(*given))
+    with configs.override("portable"):
+        check(ssd_case(2, 333, 4, 32, 2, 16, dtype=dtype, device=device, initial=True, chunk_size=16), backend)
+    assert len(described) == 4
+
+
+def test_dt_may_be_negative_where_its_limits_say_so(backend: str, device: torch.device) -> None:
+    case = ssd_case(1, 60, 2, 16, 1, 16, dtype=torch.bfloat16, device=device, dt_softplus=False, dt_limit=(-0.2, 0.2))
+    case.A = case.A / 100  # or the state would grow out of all bounds
+    with configs.override("portable"):
+        check(case, backend)
 
 
 def test_two_calls_continue_one_another(backend: str, device: torch.device) -> None:
