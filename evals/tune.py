@@ -119,10 +119,10 @@ CHOICES: dict[str, dict[str, list[Any]]] = {
     "portable": {
         "chunk": [32, 64, 128],
         "segments": SEGMENTS,
-        "block_p": [32, 64, 128],
+        "block_p": [64, 128],
         "rows": [8, 16, 32],
         "warps": [4, 8],
-        "stages": [1, 2, 3],
+        "stages": [1, 2, 3, 4, 5],
     },
 }
 

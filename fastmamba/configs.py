@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
 import importlib.util
 from collections.abc import Iterator
@@ -47,14 +48,22 @@ class _Limits:
     multiprocessors: int
     shared_bytes: int
     """Shared memory that one block may take."""
+    copy_engine: bool
+    """Whether it copies tiles that tensor descriptors tell of (NVIDIA's since Hopper)."""
+
+
+def copy_engine(device: torch.device) -> bool:
+    """Whether the device copies tiles by tensor descriptors; elsewhere Triton turns them into plain loads."""
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @functools.cache
 def _limits(device: torch.device) -> _Limits:
     if device.type != "cuda":  # the interpreter, or an accelerator whose limits torch does not tell
-        return _Limits(4, 64 * 1024)
+        return _Limits(4, 64 * 1024, False)
     found = torch.cuda.get_device_properties(device)
-    return _Limits(found.multi_processor_count, getattr(found, "shared_memory_per_block_optin", 64 * 1024))
+    shared_bytes = getattr(found, "shared_memory_per_block_optin", 64 * 1024)
+    return _Limits(found.multi_processor_count, shared_bytes, copy_engine(device))
 
 
 def _power_of_2(value: int, least: int = 16) -> int:
@@ -223,6 +232,51 @@ def _hopper_split(rows: int, slices: int, chunks: int, multiprocessors: int) -> 
     return min(((segments, each) for each in (2, 1) for segments in range(1, most + 1)), key=cost)
 
 
+@dataclass(frozen=True)
+class _Walk:
+    """What a way to walk costs; a chunk's second pass is 1. Measured on an H100."""
+
+    chunk: int
+    stages: int
+    resident: int
+    """Blocks that a multiprocessor holds."""
+    start: float
+    """What a block costs besides its chunks."""
+    summing: float = 0.35
+    """A chunk's first pass."""
+    handover: float = 0.5
+    """What a segment waits for the state of the one before it, while that is being worked out."""
+    alone: float = 0.7
+    """What a wave of one block a multiprocessor takes, of one with two."""
+
+    def split(self, walks: int, tokens: int, multiprocessors: int) -> int:
+        """Into how many segments to split a sequence, of which there are `walks`."""
+        chunks = -(-tokens // self.chunk)
+        slots = self.resident * multiprocessors
+
+        def cost(segments: int) -> float:
+            walk = chunks if segments == 1 else (1 + self.summing) * -(-chunks // segments)
+            waves, rest = divmod(walks * segments, slots)
+            last = 0 if rest == 0 else 1 if rest > multiprocessors or self.resident == 1 else self.alone
+            return (waves + last) * (walk + self.start) + (min(segments, slots) - 1) * self.handover
+
+        return min(range(1, max(1, min(chunks // 8, 64)) + 1), key=cost)
+
+
+_SMALL = _Walk(chunk=32, stages=4, resident=2, start=13.0)
+"""With a copy engine: small chunks, many of them ahead."""
+_WIDE = _Walk(chunk=64, stages=2, resident=1, start=0.75)
+"""With a copy engine, more than 128 state channels."""
+_PLAIN = _Walk(chunk=64, stages=1, resident=2, start=3.0)
+"""Without one: loading ahead costs more than it hides."""
+_SINGLE = _Walk(chunk=16, stages=1, resident=2, start=10.0)
+"""float32: a product is six of bfloat16 pieces, whose operands are held in registers. 16 rows spill least."""
+_LONE = _Walk(chunk=64, stages=3, resident=1, start=3.0)
+"""With a copy engine, where each walk has a multiprocessor to itself: larger chunks, not split."""
+_SHORT = 2048
+"""Tokens up to which that is worth while though a quarter of the multiprocessors and more have nothing to do."""
+
+
 def _portable(
     device: torch.device,
     dtype: torch.dtype,
@@ -237,27 +291,33 @@ def _portable(
     limits = _limits(device)
     block_p = min(_power_of_2(head_dim), 64)
     block_n = _power_of_2(state)
-    # In float32 a product is six of bfloat16 pieces, whose operands are held in registers: 16 rows spill
-    # least, and were fastest (H200).
-    chunk = min(chunk_size or 64, 16 if full else 256)
-    while chunk > 16 and (chunk * (block_p + 2 * block_n) + block_p * block_n) * dtype.itemsize > limits.shared_bytes:
-        chunk //= 2
     walks = batch * heads * -(-head_dim // block_p)  # independent ones, each over the whole sequence
-    chunks = -(-tokens // chunk)
-    per_segment = chunks
-    if walks < 4 * limits.multiprocessors:
-        # Enough segments to fill the GPU, but each long enough to pay for its extra pass and the hand-over: at 80 heads
-        # 16 chunks were best at 16K tokens and 64 at 128K (H200).
-        per_segment = min(chunks, max(16, -(-chunks * walks // (16 * limits.multiprocessors))))
+
+    walk = _SINGLE if full else _PLAIN if not limits.copy_engine else _WIDE if block_n > 128 else _SMALL
+    filled = walks / limits.multiprocessors
+    if walk is _SMALL and (0.5 < filled <= 1 and tokens <= _SHORT or 0.75 < filled <= 1):
+        walk = _LONE
+    chunk = min(chunk_size or walk.chunk, walk.chunk)
+
+    def shared(stages: int) -> int:
+        """Bytes of a block: the tiles that are loaded ahead, and those of scores and y."""
+        return chunk * (stages * (block_p + 2 * block_n) + chunk + block_p) * dtype.itemsize
+
+    stages = walk.stages
+    while shared(stages) > limits.shared_bytes and (stages > 1 or chunk > 16):
+        stages, chunk = (stages - 1, chunk) if stages > 1 else (1, chunk // 2)
+    segments = dataclasses.replace(walk, chunk=chunk).split(walks, tokens, limits.multiprocessors)
+    per_segment = -(-tokens // (chunk * segments))
     return SsdConfig(
         variant="portable",
         chunk=chunk,
-        segments=-(-chunks // per_segment),
+        segments=segments,
         block_p=block_p,
         block_slices=1,
         block_n=block_n,
-        rows=16,
+        # as many as fill the threads, fewer where it is the start that counts
+        rows=16 if chunk == 16 else (1024 if per_segment * chunk > 2048 else 512) // chunk,
         precision="bf16x6" if full else "tf32",
-        warps=4 if block_p * block_n <= 64 * 128 and chunk <= 64 else 8,
-        stages=1,
+        warps=4 if block_p * block_n <= 64 * 128 else 8,
+        stages=stages,
     )

@@ -127,13 +127,37 @@ def h200(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     configs.ssd_variants.cache_clear()
-    monkeypatch.setattr(configs, "_limits", lambda device: configs._Limits(132, 227 * 1024))
+    monkeypatch.setattr(configs, "_limits", lambda device: configs._Limits(132, 227 * 1024, True))
     yield torch.device("cuda", 0)
     configs.ssd_variants.cache_clear()
 
 
 def choose(device: torch.device, tokens: int = 16384, chunk_size: int | None = None) -> SsdConfig:
     return ssd_config(device, torch.bfloat16, 1, tokens, 80, 64, 128, chunk_size)
+
+
+@pytest.mark.parametrize(
+    ("walks", "tokens", "chunk", "segments"),
+    [
+        (80, 1024, 64, 1),  # a multiprocessor each, and short
+        (80, 4096, 32, 3),  # two blocks on each of 132 multiprocessors
+        (80, 16384, 32, 3),
+        (80, 131072, 32, 13),
+        (128, 131072, 64, 1),  # a multiprocessor each, and nearly all of them
+        (2560, 1024, 32, 1),  # nothing to gain
+        (80, 17, 64, 1),
+    ],
+)
+def test_the_portable_kernel_fills_the_gpu(h200, walks: int, tokens: int, chunk: int, segments: int) -> None:
+    with override("portable"):
+        config = ssd_config(h200, torch.bfloat16, 1, tokens, walks, 64, 128, None)
+    assert (config.variant, config.chunk, config.segments) == ("portable", chunk, segments)
+
+
+def test_a_chunk_size_bounds_the_portable_kernels(h200) -> None:
+    with override("portable"):
+        assert choose(h200, chunk_size=16).chunk == 16
+        assert choose(h200, chunk_size=256).chunk == choose(h200).chunk
 
 
 def test_a_table_comes_before_the_heuristic(tables, h200):

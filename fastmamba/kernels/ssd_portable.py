@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastmamba.configs import SsdConfig
+from fastmamba.configs import SsdConfig, copy_engine
 from fastmamba.kernels._decays import CUM, ENTRY, LEFT, LOW, SUMMED, discretize, power_of_2
 from fastmamba.kernels._dot import dot
 from fastmamba.kernels._exp2 import exp2
@@ -287,11 +287,6 @@ def _ssd_kernel(
 _launch = Launcher(_ssd_kernel)
 
 
-def _copy_engine(device: torch.device) -> bool:
-    """Whether the GPU copies tiles by tensor descriptors; elsewhere Triton turns them into plain loads."""
-    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
 def _describable(tensor: Tensor, block: int) -> bool:
     """Whether (B, T, K, W) can be seen as (B, T, K * W) by a descriptor, in blocks that divide W."""
     size = tensor.dtype.itemsize
@@ -366,7 +361,7 @@ def ssd(
     strides = (*x.stride()[:3], *dt.stride(), *B.stride()[:3], *C.stride()[:3])
     tiles: tuple[Any, ...] = (x, B, C, y)
     blocks = (config.block_p, config.block_n, config.block_n, config.block_p)
-    described = _copy_engine(x.device) and all(map(_describable, tiles, blocks))
+    described = copy_engine(x.device) and all(map(_describable, tiles, blocks))
     if described:
         tiles = tuple(_descriptor(tensor, chunk, block) for tensor, block in zip(tiles, blocks, strict=True))
     tensors = (

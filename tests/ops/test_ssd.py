@@ -72,7 +72,7 @@ def test_tiles_by_tensor_descriptors(
 
     described = []
     describe = ssd_portable._descriptor
-    monkeypatch.setattr(ssd_portable, "_copy_engine", lambda device: True)
+    monkeypatch.setattr(ssd_portable, "copy_engine", lambda device: True)
     monkeypatch.setattr(ssd_portable, "_descriptor", lambda *given: described.append(given) or describe(*given))
     with configs.override("portable"):
         check(ssd_case(2, 333, 4, 32, 2, 16, dtype=dtype, device=device, initial=True, chunk_size=16), backend)
