@@ -132,7 +132,7 @@ class Evaluation:
 
     def _compare(self, label: str, dtype: str, before: dict[str, Any], after: dict[str, Any]) -> None:
         half = self.halves.get((dtype, "one call"))
-        kl = rules.USUAL[dtype] if half is None else rules.kl_bound(half["kl"], dtype)
+        kl = (rules.kl_bound(half["kl"], dtype) if half else None) or rules.USUAL[dtype]
         for task, results in before.items():
             for comparison in compare(task, results, after[task]):
                 lines = rules.broken_task(f"{self.name}, {label}", comparison, kl)

@@ -7,7 +7,9 @@ The yardstick is the original itself: what it loses when it runs in half precisi
    In float32 nothing may be lost that rounding in float32 does not explain: float32 rounds 65,536 times finer than
    bfloat16, and KL grows with the square of an error. One hundredth of bfloat16's error is allowed, so one
    ten-thousandth of its KL.
-   That holds for the mean over the text; in each sixteenth of it, where the mean is noisier, twice as much is allowed.
+   That holds for the mean over the text. Each sixteenth of it may have twice what that allows for the original's own
+   worst sixteenth: where experts are routed, a single token sent elsewhere is most of a sixteenth's KL, and it happens
+   to either model anywhere. Where the original itself is not finite, nothing is asked.
 2. Tasks. The paired difference of a score may be at most two of its standard errors. Perplexities hardly differ between
    documents, so their standard errors can be smaller than any difference that matters: a relative difference below a
    tenth of sqrt(2 KL), with the KL that rule 1 allows, does not count. (sqrt(2 KL) is the size of a token's change in
@@ -31,8 +33,13 @@ USUAL = {"float32": 1e-8, "float16": 1e-5, "bfloat16": 1e-4}
 """Bounds that stand in for rule 2's where no running text was measured: about those of the small models."""
 
 
-def kl_bound(half_kl: float, dtype: str) -> float:
-    """The KL that a patched model may have, from the original's own in half precision (bfloat16 for dtype float32)."""
+def kl_bound(half_kl: float, dtype: str) -> float | None:
+    """The KL that a patched model may have, from the original's own in half precision (bfloat16 for dtype float32).
+
+    None where the original's is not finite.
+    """
+    if not math.isfinite(half_kl):
+        return None
     return max(TINY, half_kl * (FLOAT32_PART if dtype == "float32" else FACTOR))
 
 
@@ -40,14 +47,14 @@ def broken_drift(name: str, drift: dict[str, Any], half: dict[str, Any], dtype: 
     """What a drift summary breaks, in words; `half` is the original's summary in half precision."""
     found = []
     bound = kl_bound(half["kl"], dtype)
+    worst = kl_bound(max([half["kl"], *(block["kl"] for block in half["by position"])]), dtype)
+    if bound is None or worst is None:
+        return []
     if not drift["kl"] <= bound:  # NaN breaks it too
         found.append(f"{name}: KL {drift['kl']:.3g} above {bound:.3g}")
-    own = {block["from"]: block["kl"] for block in half["by position"]}
     for block in drift["by position"]:
-        # Of a sixteenth where the original happens to lose little, as much is allowed as of the whole text.
-        bound = 2 * kl_bound(max(own.get(block["from"], 0.0), half["kl"]), dtype)
-        if not block["kl"] <= bound:
-            found.append(f"{name}, tokens {block['from']} to {block['to']}: KL {block['kl']:.3g} above {bound:.3g}")
+        if not block["kl"] <= 2 * worst:
+            found.append(f"{name}, tokens {block['from']} to {block['to']}: KL {block['kl']:.3g} above {2 * worst:.3g}")
             break
     return found
 

@@ -185,6 +185,12 @@ def test_rules():
     assert rules.broken_drift("x", drift(2.1e-4, 1e-4), half, "bfloat16")
     assert rules.broken_drift("x", drift(1e-4, 4.1e-4), half, "bfloat16")
     assert rules.broken_drift("x", drift(float("nan"), 1e-4), half, "bfloat16")
+    flipped = {"kl": 1e-4, "by position": [block, block | {"kl": 5e-4}]}  # a token sent to other experts, anywhere
+    assert not rules.broken_drift("x", drift(1e-4, 1.9e-3), flipped, "bfloat16")
+    assert rules.broken_drift("x", drift(1e-4, 2.1e-3), flipped, "bfloat16")
+    lost = {"kl": float("nan"), "by position": [block | {"kl": float("nan")}]}
+    assert rules.kl_bound(lost["kl"], "float16") is None
+    assert not rules.broken_drift("x", drift(1e-4, 1e-4), lost, "float16")
     assert not rules.broken_drift("x", drift(0.9e-8, 0.9e-8), half, "float32")
     assert rules.broken_drift("x", drift(1.1e-8, 1e-9), half, "float32")
 
