@@ -77,3 +77,11 @@ def limit() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     ceiling = int(available * 0.95)
     resource.setrlimit(resource.RLIMIT_DATA, (ceiling if hard == resource.RLIM_INFINITY else min(ceiling, hard), hard))
+
+
+def exhausted(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    message = str(error)
+    return "not enough memory" in message or "can't allocate memory" in message or "out of memory" in message

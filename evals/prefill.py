@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import fastmamba
 from evals import memory, shapes
-from evals.prefill_check import checked_logits, compare, final_hidden_states, relative_error
+from evals.prefill_check import checked_logits, compare, final_hidden_states, relative_error, untuned
 from evals.prefill_floor import Rates, floor
 from evals.prefill_kinds import gpu_time
 from evals.timing import summary, timed
@@ -74,6 +74,8 @@ class Settings:
     breakdown: bool | frozenset[int] = False
     """On a GPU, also say what the call would take at best and, at these lengths (True: all), where its time goes."""
     prefill_chunk_tokens: int | None = None
+    own_process: bool = True
+    """Without, a crash ends the run, which starts seconds sooner."""
 
     def __post_init__(self) -> None:
         for name in ("batch", "repeats"):
@@ -188,7 +190,7 @@ class Measurement:
             calls = [layer.original_calls for layer in fastmamba.report(self.model).layers if side != "original"]
             return {"status": "ok", "original_calls": next(filter(None, calls), {})}, value
         except (MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
+            if not memory.exhausted(error):
                 raise
             message = str(error).splitlines()[0]
         finally:
@@ -215,7 +217,8 @@ class Measurement:
 
     def _float32(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         model = copy.deepcopy(self.model).float()
-        return checked_logits(model, ids, ids.shape[1]).cpu(), final_hidden_states(model, ids).cpu()
+        with untuned():
+            return checked_logits(model, ids, ids.shape[1]).cpu(), final_hidden_states(model, ids).cpu()
 
     def _check(
         self, ids: torch.Tensor, logits: dict[str, torch.Tensor], segments: tuple[str, int] | None, reference: bool
@@ -247,26 +250,25 @@ class Measurement:
         return second | {"original_in_one_piece": result["difference"]} if second["passed"] else result
 
 
-def _out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    message = str(error)
-    return "not enough memory" in message or "can't allocate memory" in message or "out of memory" in message
+def _ready(name: str, settings: Settings, phase: Callable[[str], None]) -> tuple[Measurement, dict[str, Any]]:
+    """The model to measure, and what there is to say of it."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    model = load(name, settings)
+    report = str(patch(model, settings, "patched"))
+    fastmamba.unpatch(model)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    info = {"parameters": parameters, "config": model.config.to_diff_dict(), "report": report}
+    return Measurement(model, settings, phase), info
 
 
 def _serve(pipe: multiprocessing.connection.Connection, name: str, settings: Settings) -> None:
     """The process: load the model, answer jobs, end at None. Each message is (kind, value)."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     if torch.device(settings.device).type == "cpu":
         memory.limit()
     try:
-        model = load(name, settings)
-        report = str(patch(model, settings, "patched"))
-        fastmamba.unpatch(model)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        pipe.send(("ready", {"parameters": parameters, "config": model.config.to_diff_dict(), "report": report}))
-        measurement = Measurement(model, settings, lambda side: pipe.send(("phase", side)))
+        measurement, info = _ready(name, settings, lambda side: pipe.send(("phase", side)))
+        pipe.send(("ready", info))
         while (job := pipe.recv()) is not None:
             pipe.send(("row", measurement.row(*job)))
     except Exception as error:
@@ -321,6 +323,20 @@ class _Process:
         self._process.join()
 
 
+class _Here:
+    """What `_Process` does, in this one."""
+
+    def __init__(self, name: str, settings: Settings, phase: Callable[[str], None]) -> None:
+        self._measurement, self.info = _ready(name, settings, phase)
+        self.row = self._measurement.row
+
+    def close(self) -> None:
+        del self._measurement, self.row
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
 def measure(
     name: str,
     lengths: list[int],
@@ -337,7 +353,7 @@ def measure(
     tried. `ready` gets the loaded model's facts; `phase` hears "patched", "original" or "check" before each run. Raises
     RuntimeError when the model cannot be loaded or patched.
     """
-    process: _Process | None = None
+    process: _Process | _Here | None = None
     failed: dict[str, Any] | None = None if settings.original else {"status": "not run", "message": "not asked for"}
     proven: tuple[int, float] | None = None  # the longest original that ran, at most a segment, and its time
     announced = False
@@ -352,7 +368,7 @@ def measure(
             while wanted := [side for side in settings.sides if side not in outcomes]:
                 if process is None:
                     try:
-                        process = _Process(name, settings, phase)
+                        process = (_Process if settings.own_process else _Here)(name, settings, phase)
                     except _Died as death:
                         raise RuntimeError(f"{name}: {death}") from None
                     if not announced:

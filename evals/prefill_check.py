@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+
+from evals.ssd_contenders import autotuners
 
 # Where a float32 run can judge both: patched may err this many times what the original errs against it.
 ERROR_RATIO = 2.0
@@ -15,6 +20,22 @@ CHECKED_POSITIONS = 64
 def _positions(ids: torch.Tensor) -> torch.Tensor:
     tokens = ids.shape[1]
     return torch.linspace(0, tokens - 1, min(CHECKED_POSITIONS, tokens), device=ids.device).round().long().unique()
+
+
+@contextlib.contextmanager
+def untuned() -> Iterator[None]:
+    """mamba_ssm's kernels in one form each: where only numbers count, a minute of tuning is lost."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    kept = [(tuner, tuner.configs) for tuner in autotuners()]
+    for tuner, configs in kept:
+        tuner.configs = [min(configs, key=lambda config: math.prod(config.kwargs.values()) * config.num_stages)]
+    try:
+        yield
+    finally:
+        for tuner, configs in kept:
+            tuner.configs = configs
 
 
 def final_hidden_states(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:

@@ -92,6 +92,7 @@ def settings_for(options: argparse.Namespace, batch: int) -> prefill.Settings:
         breakdown=True if options.breakdown_tokens is None else frozenset(options.breakdown_tokens),
         reference_tokens=options.reference_tokens,
         prefill_chunk_tokens=options.prefill_chunk_tokens,
+        own_process=not options.in_process,
     )
 
 
@@ -238,6 +239,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--reference-tokens", type=int, default=4096, help="compare with float32 up to this length")
     parser.add_argument("--prefill-chunk-tokens", type=int, help="patch(prefill_chunk_tokens=...)")
     parser.add_argument("--breakdown-tokens", type=lengths, help="lengths that are profiled (default: all; '': none)")
+    parser.add_argument("--in-process", action="store_true", help="no process of its own for each model")
     parser.add_argument("--enough", type=float, default=math.inf, metavar="S", help="repeat no row that took S seconds")
     parser.add_argument("--time-limit", type=float, default=600.0, metavar="S", help="seconds one row may take")
     parser.add_argument("--output", type=Path, default=Path("results"))

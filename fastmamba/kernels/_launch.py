@@ -7,12 +7,16 @@ call found. `Launcher` remembers it and calls it directly.
 from __future__ import annotations
 
 import contextlib
+import inspect
+import types
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction
+
+_runtime = triton.knobs.runtime
 
 _MOST = 4096
 """Remembered specialisations of one kernel; past that a launcher starts anew."""
@@ -45,10 +49,11 @@ class Launcher:
     knobs are looked at only when a specialisation is new.
     """
 
-    __slots__ = ("_kernel", "_ready")
+    __slots__ = ("_described", "_kernel", "_ready")
 
-    def __init__(self, kernel: Any) -> None:
-        self._kernel = kernel
+    def __init__(self, kernel: Any, described: bool = False) -> None:
+        """With `described`, some of the tensors are host-side tensor descriptors."""
+        self._kernel, self._described = kernel, described
         self._ready: dict[Any, tuple[Any, ...]] | None = {} if isinstance(kernel, JITFunction) else None
 
     def __call__(
@@ -73,35 +78,40 @@ class Launcher:
         if ready is None or index < 0:
             self._kernel[grid](*tensors, *numbers, *constants, **options)
             return
-        addresses: list[Any] = []
-        kinds: list[Any] = []
-        for tensor in tensors:
-            if tensor is None:
-                addresses.append(None)
-                kinds.append(None)
-            elif isinstance(tensor, Tensor):
-                address = tensor.data_ptr()
-                addresses.append(address)
-                kinds.append((tensor.dtype,) if address & 15 else tensor.dtype)
-            else:
-                addresses.append(tensor)
-                kinds.append(_descriptor_kind(tensor))
-        key = (index, numbers, constants, *kinds, *options.items())
+        if self._described:
+            kinds: Any = tuple([_kind(tensor) for tensor in tensors])
+            arguments = tensors
+            low = 0
+            for tensor in tensors:
+                if isinstance(tensor, Tensor):
+                    low |= tensor.data_ptr()
+        else:
+            kinds = tuple([None if tensor is None else tensor.dtype for tensor in tensors])
+            arguments = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+            low = 0
+            for address in arguments:
+                if address is not None:
+                    low |= address
+        if low & 15:  # some address is not a multiple of 16: which ones?
+            kinds = kinds, tuple([isinstance(tensor, Tensor) and tensor.data_ptr() & 15 != 0 for tensor in tensors])
+        key = (index, numbers, constants, kinds, *options.items())
         found = ready.get(key)
         if found is None or _hooked():
             with on_device(tensors[0]):
                 compiled = self._kernel[grid](*tensors, *numbers, *constants, **options)
             if found is None:
-                self._remember(key, compiled)
+                self._remember(key, compiled, tensors)
             return
-        run, function, metadata, stream_of, current, _ = found
+        call, leading, expand, stream_of, current, _ = found
+        if self._described:
+            arguments = expand(tensors)
         if current() == index:
-            run(*grid, stream_of(index), function, metadata, None, None, None, *addresses, *numbers, *constants)
+            call(*grid, stream_of(index), *leading, *arguments, *numbers, *constants)
             return
         with torch.cuda.device(index):
-            run(*grid, stream_of(index), function, metadata, None, None, None, *addresses, *numbers, *constants)
+            call(*grid, stream_of(index), *leading, *arguments, *numbers, *constants)
 
-    def _remember(self, key: Any, compiled: Any) -> None:
+    def _remember(self, key: Any, compiled: Any, tensors: tuple[Any, ...]) -> None:
         driver: Any = triton.runtime.driver.active
         if driver.get_current_target().backend != "cuda":
             self._ready = None
@@ -110,30 +120,85 @@ class Launcher:
             return
         if self._ready is None or len(self._ready) >= _MOST:
             self._ready = {}
-        # The compiled kernel itself is held too: Triton unloads one that nothing refers to.
-        self._ready[key] = (
-            compiled.run,
-            compiled.function,
-            compiled.packed_metadata,
-            driver.get_current_stream,
-            torch._C._cuda_getDevice,
-            compiled,
-        )
+        call, leading, expand = _shortcut(compiled)
+        # The compiled kernel itself is held too: Triton unloads one that nothing refers to. And the layouts of
+        # descriptors, which `_kind` knows by identity.
+        held = compiled, [getattr(tensor, "layout", None) for tensor in tensors]
+        self._ready[key] = (call, leading, expand, driver.get_current_stream, torch._C._cuda_getDevice, held)
 
 
-def _descriptor_kind(descriptor: Any) -> tuple[Any, ...]:
-    """What Triton specialises on in a host-side tensor descriptor."""
-    return (
-        type(descriptor),
-        descriptor.base.dtype,
-        len(descriptor.shape),
-        tuple(descriptor.block_shape),
-        getattr(descriptor, "layout", None),
+def _kind(tensor: Any) -> Any:
+    """What Triton specialises on in an argument that is None, a tensor, or a host-side tensor descriptor."""
+    if tensor is None:
+        return None
+    if isinstance(tensor, Tensor):
+        return tensor.dtype
+    return tensor.base.dtype, *tensor.block_shape, id(tensor.layout) if hasattr(tensor, "layout") else 0
+
+
+def _addresses(tensors: tuple[Any, ...]) -> list[Any]:
+    return [tensor.data_ptr() if isinstance(tensor, Tensor) else tensor for tensor in tensors]
+
+
+def _shortcut(compiled: Any) -> tuple[Any, tuple[Any, ...], Any]:
+    """How to launch a compiled kernel: a function, what it takes between stream and arguments, and how tensors become
+    arguments where some are descriptors.
+
+    Triton's `compiled.run` asks at every launch what never changes for a kernel, and encodes each descriptor anew,
+    though allocators hand out the same addresses over and over. In Triton 3.6 what lies beneath is called instead.
+    """
+    run = compiled.run
+    usual = run, (compiled.function, compiled.packed_metadata, None, None, None), _addresses
+    if not triton.__version__.startswith("3.6.") or type(run).__name__ != "CudaLauncher":
+        return usual
+    if run.global_scratch_size or run.profile_scratch_size:
+        return usual
+    leading = (
+        compiled.function,
+        run.launch_cooperative_grid,
+        run.launch_pdl,
+        None,
+        None,
+        compiled.packed_metadata,
+        None,
+        None,
+        None,
     )
+    launch = run.launch
+    if not isinstance(launch, types.FunctionType):
+        return launch, leading, _addresses
+    within = inspect.getclosurevars(launch).nonlocals
+    metas, inner = within.get("tensordesc_meta"), within.get("launcher")
+    if inner is None or not metas or None in metas:
+        return usual
+    from triton.backends.nvidia import driver
+
+    encode: Any = driver.make_tensordesc_arg
+    encoded: dict[Any, list[Any]] = {}
+
+    def expand(tensors: tuple[Any, ...]) -> list[Any]:
+        arguments: list[Any] = []
+        count = 0
+        for tensor in tensors:
+            if tensor is None:
+                arguments.append(None)
+            elif isinstance(tensor, Tensor):
+                arguments.append(tensor.data_ptr())
+            else:
+                key = (count, tensor.base.data_ptr(), *tensor.shape, *tensor.strides)
+                known = encoded.get(key)
+                if known is None:
+                    if len(encoded) >= _MOST:
+                        encoded.clear()
+                    known = encoded[key] = encode(tensor, metas[count])
+                arguments += known
+                count += 1
+        return arguments
+
+    return inner, leading, expand
 
 
 def _hooked() -> bool:
     """Whether a launch hook is installed: a chain of them, or (in Triton's older style) one function or None."""
-    runtime = triton.knobs.runtime
-    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter)) or bool(getattr(leave, "calls", leave))

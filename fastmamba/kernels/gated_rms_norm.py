@@ -75,11 +75,20 @@ _launch_norm = Launcher(_norm_kernel)
 
 
 def gated_rms_norm(
-    x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, group_size: int, norm_before_gate: bool
+    x: Tensor,
+    weight: Tensor,
+    gate: Tensor | None,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool,
+    in_place: bool = False,
 ) -> Tensor:
-    """Launch the norm; arguments as `fastmamba.ops.gated_rms_norm`, already checked."""
+    """Launch the norm; arguments as `fastmamba.ops.gated_rms_norm`, already checked.
+
+    With `in_place`, x is contiguous and takes the result: a block reads all of its row before it writes.
+    """
     batch, tokens, width = x.shape
-    y = x.new_empty((batch, tokens, width))
+    y = x if in_place else x.new_empty((batch, tokens, width))
     block, warps = row_blocks(group_size)
     unit = 16 // x.element_size()
     x_b, x_t, x_d = x.stride()

@@ -205,7 +205,7 @@ def _kernel(
     # fmt: on
 
 
-_launch = Launcher(_kernel)
+_launch = Launcher(_kernel, described=True)
 _TILE = gl.NVMMASharedLayout(128, 16, rank=3)
 
 

@@ -94,10 +94,18 @@ def _kernel() -> Any:
 
 
 def run(
-    x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, group_size: int, norm_before_gate: bool, backend: str
+    x: Tensor,
+    weight: Tensor,
+    gate: Tensor | None,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool,
+    backend: str,
+    in_place: bool = False,
 ) -> Tensor:
+    """Run it, checked. With `in_place`, x is contiguous and may be overwritten, with the result."""
     if backend == "triton":
-        return _kernel()(x, weight, gate, eps, group_size, norm_before_gate)
+        return _kernel()(x, weight, gate, eps, group_size, norm_before_gate, in_place)
     return reference_norm(x, weight, gate, eps, group_size, norm_before_gate)
 
 

@@ -253,7 +253,7 @@ def _run(
     del conv_out, x, B, C  # what the norm does not need is memory that it can have
     y = y.view(batch, tokens, inner)
     if norm_weight is not None:
-        y = run_norm(y, norm_weight, z, eps, group_size or inner, gate == "after", backend)
+        y = run_norm(y, norm_weight, z, eps, group_size or inner, gate == "after", backend, True)
     return y, final_states
 
 

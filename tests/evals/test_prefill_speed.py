@@ -84,7 +84,7 @@ def test_a_run(tmp_path: Path) -> None:
         "--output",
         str(tmp_path),
     ]
-    assert prefill_speed.main([*arguments, "--prefill-chunk-tokens", "16"]) == 0
+    assert prefill_speed.main([*arguments, "--in-process", "--prefill-chunk-tokens", "16"]) == 0
     (model,) = json.loads((tmp_path / "prefill_speed.json").read_text())["models"]
     first, second = model["rows"]
     for row in (first, second):

@@ -91,9 +91,9 @@ def spilling(x, dt, A_log, B, C, D, z, dt_bias, state, *rest):
     return y[:, : x.shape[1]], final
 
 
-def swapped(x, weight, gate, eps, group_size, norm_before_gate, backend):
+def swapped(x, weight, gate, eps, group_size, norm_before_gate, *rest):
     """The norm before the gate instead of after it."""
-    return SOUND_NORM(x, weight, gate, eps, group_size, not norm_before_gate, backend)
+    return SOUND_NORM(x, weight, gate, eps, group_size, not norm_before_gate, *rest)
 
 
 @pytest.mark.parametrize(

@@ -196,3 +196,56 @@ def test_in_a_cuda_graph_and_on_another_stream() -> None:
     x.normal_()
     graph.replay()
     torch.testing.assert_close(y, x * 3)
+
+
+class CudaLauncher:
+    """Triton 3.6's, as far as a launcher looks at it; `launch` is Triton's wrapper around what knows no descriptors."""
+
+    launch_cooperative_grid, launch_pdl = False, True
+    global_scratch_size = profile_scratch_size = 0
+
+    def __init__(self, direct: list[Any], metas: list[Any] | None) -> None:
+        def launcher(*args: Any) -> None:
+            direct.append(args)
+
+        tensordesc_meta = metas
+
+        def inner(*args: Any) -> None:
+            launcher(*args, tensordesc_meta)
+
+        self.launch = inner if metas else direct.append
+
+    def __call__(self, *args: Any) -> None:
+        raise AssertionError("the way around it was not taken")
+
+
+def test_descriptors_are_encoded_once(setting: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same address, shape and strides give the descriptor of the launch before; any other a new one."""
+    driver = pytest.importorskip("triton.backends.nvidia.driver")
+    encoded: list[Any] = []
+
+    def encode(descriptor: Any, meta: Any) -> list[Any]:
+        encoded.append((descriptor, meta))
+        return [f"map {len(encoded)}", *descriptor.shape, *descriptor.strides]
+
+    monkeypatch.setattr(driver, "make_tensordesc_arg", encode)
+    monkeypatch.setattr(_launch.triton, "__version__", "3.6.0")
+    kernel = FakeKernel()
+    kernel._run = CudaLauncher(kernel.direct, ["meta 0", "meta 1"])  # type: ignore[method-assign]
+    launch = Launcher(kernel, described=True)
+
+    def describe(base: torch.Tensor, rows: int) -> Any:
+        return types.SimpleNamespace(base=base, shape=[rows, 8], strides=[8, 1], block_shape=[4, 8], layout="tile")
+
+    x, a, b = _tensor(), _tensor(), _tensor()
+    for left, right, rows in ((a, b, 8), (a, b, 8), (a, b, 8), (b, a, 8), (a, b, 4)):
+        launch((1, 1, 1), (x, describe(left, rows), None, describe(right, rows)), (3,), (64,))
+    assert len(kernel.own) == 1
+    assert [args[13:22] for args in kernel.direct] == [
+        (x.data_ptr(), f"map {first}", rows, 8, 8, 1, None, f"map {second}", rows)
+        for first, second, rows in ((1, 2, 8), (1, 2, 8), (3, 4, 8), (5, 6, 4))
+    ]
+    assert [meta for _, meta in encoded] == ["meta 0", "meta 1"] * 3
+    assert kernel.direct[0][3:14] == (
+        "stream 0", "function 1", False, True, None, None, "metadata", None, None, None, x.data_ptr(),
+    )  # fmt: skip
