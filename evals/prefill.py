@@ -74,6 +74,8 @@ class Settings:
     breakdown: bool | frozenset[int] = False
     """On a GPU, also say what the call would take at best and, at these lengths (True: all), where its time goes."""
     prefill_chunk_tokens: int | None = None
+    checks: bool = True
+    """Without, nothing runs for the sake of a comparison alone."""
     own_process: bool = True
     """Without, a crash ends the run, which starts seconds sooner."""
 
@@ -364,7 +366,7 @@ def measure(
                 if side not in settings.sides or not settings.runs(side, tokens):
                     outcomes.setdefault(side, {"status": "not run", "message": "not asked for"})
             row: dict[str, Any] = {}
-            checks = True
+            checks = settings.checks
             while wanted := [side for side in settings.sides if side not in outcomes]:
                 if process is None:
                     try:

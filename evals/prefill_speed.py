@@ -93,6 +93,7 @@ def settings_for(options: argparse.Namespace, batch: int) -> prefill.Settings:
         reference_tokens=options.reference_tokens,
         prefill_chunk_tokens=options.prefill_chunk_tokens,
         own_process=not options.in_process,
+        checks=not options.no_check,
     )
 
 
@@ -239,6 +240,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--reference-tokens", type=int, default=4096, help="compare with float32 up to this length")
     parser.add_argument("--prefill-chunk-tokens", type=int, help="patch(prefill_chunk_tokens=...)")
     parser.add_argument("--breakdown-tokens", type=lengths, help="lengths that are profiled (default: all; '': none)")
+    parser.add_argument("--no-check", action="store_true", help="run nothing for the sake of a comparison alone")
     parser.add_argument("--in-process", action="store_true", help="no process of its own for each model")
     parser.add_argument("--enough", type=float, default=math.inf, metavar="S", help="repeat no row that took S seconds")
     parser.add_argument("--time-limit", type=float, default=600.0, metavar="S", help="seconds one row may take")
