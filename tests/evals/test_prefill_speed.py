@@ -52,6 +52,7 @@ def test_floor_of_experts_and_attention() -> None:
     ("kernel", "kind"),
     [
         ("_ssd_kernel", "SSD"),
+        ("_kernel", "SSD"),
         ("_chunk_scan_fwd_kernel", "SSD"),
         ("_conv_kernel", "convolution"),
         ("void conv_depthwise2d_forward_kernel", "convolution"),
