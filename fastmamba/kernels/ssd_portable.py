@@ -284,7 +284,7 @@ def _ssd_kernel(
             tl.store(final_ptr + state_at, state, mask=has_state)
 
 
-_launch = Launcher(_ssd_kernel)
+_launch = Launcher(_ssd_kernel, described=True)
 
 
 def _describable(tensor: Tensor, block: int) -> bool:
