@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def save() -> None:
         result["broken"] = [line for evaluation in evaluations for line in evaluation.broken]
-        (options.output / "quality.json").write_text(json.dumps(result, indent=1) + "\n")
+        (options.output / "quality.json").write_text(json.dumps(reporting.finite(result), indent=1) + "\n")
 
     for evaluation in evaluations:
         result["models"].append(evaluation.found)

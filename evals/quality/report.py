@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +84,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     for row, model in zip(axes, models, strict=True):
         for axis, kind in zip(row, kinds, strict=True):
             draw[kind](model, axis)
-    figure.suptitle(environment.one_line(report["environment"]), fontsize=7)
+    figure.suptitle(textwrap.fill(environment.one_line(report["environment"]), 105 * len(kinds)), fontsize=7)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -115,3 +117,12 @@ def _draw_tasks(model: dict[str, Any], axis: Any) -> None:
     axis.axvspan(-2, 2, color="0.9", zorder=0)
     axis.invert_yaxis()
     axis.set(xlabel="paired difference, in its standard errors", title=f"{model['name']}: patched - original")
+
+
+def finite(value: Any) -> Any:
+    """`value` with None for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
