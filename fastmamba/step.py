@@ -34,13 +34,14 @@ def layer_is_plain(mixer: MixerView, plan: MixerPlan, batch: int, plain_norm: bo
         plain_norm and not plan.norm_before_gate and plan.norm_group_size in (None, mixer.intermediate_size)
     ):
         return False
-    if not _linear(mixer.in_proj) or not _linear(mixer.out_proj) or mixer.out_proj.weight.dtype != weight.dtype:
+    if not is_linear(mixer.in_proj) or not is_linear(mixer.out_proj) or mixer.out_proj.weight.dtype != weight.dtype:
         return False
     device = weight.device
     return resolve_backend(plan.backend, device) == "triton" and not torch.is_autocast_enabled(device.type)
 
 
-def _linear(module: Any) -> bool:
+def is_linear(module: Any) -> bool:
+    """Whether a module is a linear layer and nothing else, whose weight may be read instead."""
     if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
         return False
     return not {"_hf_hook", "forward"} & module.__dict__.keys() and module.weight.stride(1) == 1

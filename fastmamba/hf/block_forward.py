@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from fastmamba.hf.block_step import step
+from fastmamba.hf.block_step import can_feed, feed_forward, step
 from fastmamba.hf.handoff import leave, take
 from fastmamba.hf.report import count_original
 from fastmamba.ops import add_rms_norm, rms_norm, silu_and_mul
@@ -197,12 +197,14 @@ def granite_layer_forward(backend: str) -> Callable[..., Tensor]:
                 self, reason, hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
             )
         factor = self.residual_multiplier
+        one = hidden_states.shape[1] == 1
+        after = self.post_attention_layernorm
+        feeds = one and _plain(after, hidden_states.device) and can_feed(self, hidden_states, backend)
         total = None
-        if self.mamba is not None and hidden_states.shape[1] == 1 and _plain(norm, hidden_states.device):
+        if self.mamba is not None and one and _plain(norm, hidden_states.device):
             total = step(self.mamba, norm, hidden_states, past_key_values, attention_mask, factor, None)
-        if total is not None:
-            hidden_states, normed = total, self.post_attention_layernorm(total)
-        else:
+        x = None
+        if total is None:
             normed = _first_norm(norm, hidden_states, None, backend)
             if self.mamba is not None:
                 x = self.mamba(
@@ -218,15 +220,18 @@ def granite_layer_forward(backend: str) -> Callable[..., Tensor]:
                     **kwargs,
                 )
             del normed
-            norm = self.post_attention_layernorm
-            if type(x) is Tensor and x.device == hidden_states.device and _plain(norm, x.device):
-                normed, hidden_states = add_rms_norm(
-                    x, hidden_states, norm.weight, eps=norm.variance_epsilon, factor=factor, backend=backend
-                )
-            else:
-                hidden_states = hidden_states + x * factor
-                normed = norm(hidden_states)
-            del x
+        if feeds:
+            return feed_forward(self, after, hidden_states + x * factor if total is None else total, factor, backend)
+        if total is not None:
+            hidden_states, normed = total, after(total)
+        elif type(x) is Tensor and x.device == hidden_states.device and _plain(after, x.device):
+            normed, hidden_states = add_rms_norm(
+                x, hidden_states, after.weight, eps=after.variance_epsilon, factor=factor, backend=backend
+            )
+        else:
+            hidden_states = hidden_states + x * factor
+            normed = after(hidden_states)
+        del x
         if self.has_experts:
             x = self.block_sparse_moe(normed) + self.shared_mlp(normed)
         else:

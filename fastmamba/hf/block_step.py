@@ -1,4 +1,4 @@
-"""One token through a mixer together with the norm before it and the residual add after it, for scope="block"."""
+"""One token through a branch of a layer together with the norm before it and the residual add after it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmamba.hf.binding import binding_in
+from fastmamba.hf.block import is_silu
 from fastmamba.hf.compat import CacheState, cache_layer
 from fastmamba.hf.forward import plan_of
-from fastmamba.hf.recording import state_for
+from fastmamba.hf.recording import state_for, under_way
 from fastmamba.mixer import norm_is_plain
-from fastmamba.step import can_step, layer_forward, layer_is_plain
+from fastmamba.ops import mlp_step, resolve_backend
+from fastmamba.step import can_step, is_linear, layer_forward, layer_is_plain
+
+MOST_ROWS = 1
+"""The largest batch that `feed_forward` takes: it reads the weights once a row, matrix products once a batch."""
+
+_GRANITE = "transformers.models.granitemoehybrid.modeling_granitemoehybrid"
+_EXPERTS = (None, "eager", "batched_mm", "grouped_mm")
+"""Ways to compute experts that mean no more than to compute them; one that the user has registered is called."""
 
 
 def step(
@@ -51,3 +61,81 @@ def step(
     if sum_dtype is not None:
         hidden_states = hidden_states.to(sum_dtype)
     return layer_forward(mixer, plan, hidden_states, state_for(mixer, state), norm, factor)
+
+
+def can_feed(layer: Any, hidden_states: Tensor, backend: str) -> bool:
+    """Whether `feed_forward` can take the place of what follows the mixer or attention in a GraniteMoeHybrid layer.
+
+    It reads the weights: the modules have to be transformers' own, without a hook, an adapter or a quantised weight.
+    """
+    if hidden_states.shape[0] > MOST_ROWS or resolve_backend(backend, hidden_states.device) != "triton":
+        return False
+    mlp = layer.shared_mlp
+    if not _own(mlp, "GraniteMoeHybridMLP") or not _silu(mlp.activation):
+        return False
+    if not all(is_linear(linear) and linear.bias is None for linear in (mlp.input_linear, mlp.output_linear)):
+        return False
+    weight = mlp.input_linear.weight
+    weights = [weight, mlp.output_linear.weight]
+    if layer.has_experts:
+        mixture = layer.block_sparse_moe
+        if not _own(mixture, "GraniteMoeHybridMoE") or not _own(mixture.router, "GraniteMoeHybridTopKRouter"):
+            return False
+        experts = mixture.experts
+        if not _own(experts, "GraniteMoeHybridExperts") or not _silu(experts.act_fn) or experts._is_expert_parallel:
+            return False
+        if experts.config._experts_implementation not in _EXPERTS:
+            return False
+        weights += [mixture.router.weight, experts.gate_up_proj, experts.down_proj]
+    form = weight.dtype, hidden_states.device
+    return (
+        all((w.dtype, w.device) == form and w.is_contiguous() for w in weights)
+        and weight.is_floating_point()
+        and not torch.is_autocast_enabled(form[1].type)
+    )
+
+
+def feed_forward(layer: Any, norm: Any, hidden_states: Tensor, factor: float, backend: str) -> Tensor:
+    """hidden_states + factor * (experts(norm(hidden_states)) + mlp(norm(hidden_states))), where `can_feed` holds.
+
+    Args:
+        layer: a GraniteMoeHybridDecoderLayer.
+        norm: an RMSNorm that can be fused.
+        hidden_states: (B, 1, hidden size).
+        factor: multiplies the sum.
+        backend: "auto" or "triton".
+    """
+    mlp = layer.shared_mlp
+    experts: dict[str, Any] = {}
+    if layer.has_experts:
+        router, chosen = layer.block_sparse_moe.router, layer.block_sparse_moe.experts
+        experts = {
+            "router_weight": router.weight,
+            "expert_in_weight": chosen.gate_up_proj,
+            "expert_out_weight": chosen.down_proj,
+            "top_k": router.top_k,
+        }
+    return mlp_step(
+        hidden_states[:, 0],
+        mlp.input_linear.weight,
+        mlp.output_linear.weight,
+        norm_weight=norm.weight,
+        norm_eps=norm.variance_epsilon,
+        residual_scale=factor,
+        overlap=under_way(),  # there it is known what comes before
+        backend=backend,
+        **experts,
+    )[:, None]
+
+
+def _own(module: Any, name: str) -> bool:
+    """Whether a module is transformers' own of that name, with its own forward or ours, and nobody watches it."""
+    cls = type(module)
+    if (cls.__module__, cls.__qualname__) != (_GRANITE, name) or module._forward_hooks or module._forward_pre_hooks:
+        return False
+    attributes = module.__dict__
+    return "_hf_hook" not in attributes and ("forward" not in attributes or binding_in(module, "forward") is not None)
+
+
+def _silu(module: Any) -> bool:
+    return is_silu(module) and not module._forward_hooks and not module._forward_pre_hooks

@@ -25,6 +25,9 @@ def end() -> None:
 
 def state_for(mixer: Any, state: Any) -> Any:
     """The state that a mixer is to use: the recording's where this thread makes one, else the one given."""
-    if _states is None or _thread != threading.get_ident():
-        return state
-    return _states[mixer]
+    return _states[mixer] if _states is not None and under_way() else state
+
+
+def under_way() -> bool:
+    """Whether this thread is recording."""
+    return _states is not None and _thread == threading.get_ident()

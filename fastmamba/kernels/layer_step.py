@@ -16,56 +16,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastmamba.kernels._launch import Launcher
+from fastmamba.kernels._row_product import first_weights, product, wait
 from fastmamba.kernels._softplus import softplus
 from fastmamba.kernels.mixer_step import _convolve, _shift, _window
 
 _BLOCKS = 256
 """Blocks of the state update that keep a GPU busy; with fewer, a head is cut into slices of P."""
-
-
-@triton.jit
-def _wait(OVERLAP: tl.constexpr):
-    """Wait for the kernels before, then let the next one start.
-
-    In this order: what starts next may rely on all that came before this kernel, and has only this one to wait for.
-    """
-    if OVERLAP:
-        gdc_wait()
-        gdc_launch_dependents()
-
-
-@triton.jit
-def _first_weights(weight_ptr, r, has, stride_w, K: tl.constexpr, BK: tl.constexpr):
-    """Addresses of rows r, and their first BK columns. [R, BK]"""
-    k = tl.arange(0, BK)
-    at = weight_ptr + r.to(tl.int64)[:, None] * stride_w + k[None, :]
-    return at, tl.load(at, mask=has[:, None] & (k < K)[None, :], other=0.0, eviction_policy="evict_first")
-
-
-@triton.jit
-def _product(x_ptr, norm_ptr, at, w, r, has, eps, K: tl.constexpr, R: tl.constexpr, BK: tl.constexpr):
-    """Rows of a weight times a vector, or times its RMSNorm, in float32. [R]"""
-    # The vector is loaded for each row, out of the L1 cache: in the layout of the weights, so that no thread waits for
-    # another until the sum.
-    k = tl.arange(0, BK)[None, :] + 0 * r[:, None]
-    acc = tl.zeros((R, BK), tl.float32)
-    squares = tl.zeros((R, BK), tl.float32)
-    for start in tl.static_range(0, K, BK):
-        x = tl.load(x_ptr + start + k, mask=start + k < K, other=0.0).to(tl.float32)
-        if norm_ptr is not None:
-            squares += x * x
-            x *= tl.load(norm_ptr + start + k, mask=start + k < K, other=0.0).to(tl.float32)
-        acc += w.to(tl.float32) * x
-        if start + BK < K:
-            inside = has[:, None] & (start + BK + k < K)
-            w = tl.load(at + (start + BK), mask=inside, other=0.0, eviction_policy="evict_first")
-    y = tl.sum(acc, axis=1)
-    if norm_ptr is not None:
-        y *= tl.rsqrt(tl.sum(squares, axis=1) / K + eps)
-    return y
 
 
 @triton.jit
@@ -100,11 +58,11 @@ def _in_kernel(
     b = tl.program_id(1).to(tl.int64)
     r = tl.program_id(0) * R + tl.arange(0, R)
     has = r < E
-    at, w = _first_weights(weight_ptr, r, has, stride_w, K, BK)
-    _wait(OVERLAP)
+    at, w = first_weights(weight_ptr, r, has, stride_w, K, BK)
+    wait(OVERLAP)
     if addresses_ptr is not None:
         conv_ptr = tl.multiple_of(tl.load(addresses_ptr).to(conv_ptr.dtype), 16)
-    u = _product(x_ptr + b * stride_x_b, norm_ptr, at, w, r, has, eps, K, R, BK)
+    u = product(x_ptr + b * stride_x_b, norm_ptr, at, w, r, has, eps, K, R, BK)
     if bias_ptr is not None:
         u += tl.load(bias_ptr + r, mask=has, other=0.0).to(tl.float32)
     u = u.to(u_ptr.dtype.element_ty)  # as the convolution sees it in a prefill
@@ -159,7 +117,7 @@ def _state_kernel(
     A = -tl.exp(tl.load(A_log_ptr + h).to(tl.float32))
     skip = tl.load(D_ptr + h).to(tl.float32)
     bias = tl.load(dt_bias_ptr + h).to(tl.float32)
-    _wait(OVERLAP)
+    wait(OVERLAP)
 
     u_ptr += b * E
     z = tl.load(u_ptr + h * P + p, mask=has_p, other=0.0).to(tl.float32)
@@ -196,9 +154,9 @@ def _out_kernel(
     b = tl.program_id(1).to(tl.int64)
     r = tl.program_id(0) * R + tl.arange(0, R)
     has = r < rows
-    at, w = _first_weights(weight_ptr, r, has, stride_w, K, BK)
-    _wait(OVERLAP)
-    y = _product(y_ptr + b * K, norm_ptr, at, w, r, has, eps, K, R, BK)
+    at, w = first_weights(weight_ptr, r, has, stride_w, K, BK)
+    wait(OVERLAP)
+    y = product(y_ptr + b * K, norm_ptr, at, w, r, has, eps, K, R, BK)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + r, mask=has, other=0.0).to(tl.float32)
     if residual_ptr is not None:

@@ -49,3 +49,11 @@ def resolve_backend(backend: str, device: torch.device) -> str:
             "(on the CPU it runs only under TRITON_INTERPRET=1)"
         )
     return "triton"
+
+
+@functools.cache
+def overlaps(device: torch.device) -> bool:
+    """Whether a GPU has programmatic dependent launch."""
+    return (
+        device.type == "cuda" and torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (9, 0)
+    )

@@ -18,7 +18,7 @@ from fastmamba.ops._checks import (
     remember_form,
     seen_form,
 )
-from fastmamba.ops._dispatch import resolve_backend
+from fastmamba.ops._dispatch import overlaps, resolve_backend
 from fastmamba.ops._library import register
 from fastmamba.reference.layer_step import layer_step as reference_step
 
@@ -191,14 +191,6 @@ def _kernel() -> Any:
     return layer_step
 
 
-@functools.cache
-def _overlaps(device: torch.device) -> bool:
-    """Whether a GPU has programmatic dependent launch."""
-    return (
-        device.type == "cuda" and torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (9, 0)
-    )
-
-
 def _run(
     x: Tensor,
     conv_state: Tensor,
@@ -226,7 +218,7 @@ def _run(
     weights = (in_weight, in_bias, conv_weight, conv_bias, A_log, D, dt_bias, out_weight, out_bias)
     options = (groups, norm_weight, norm_eps, gate_weight, gate_eps, residual_scale, activation)
     if backend == "triton":
-        overlap = overlap and _overlaps(x.device)
+        overlap = overlap and overlaps(x.device)
         return _kernel()(x, conv_state, state, *weights, *options, addresses, overlap)
     return reference_step(x, conv_state, state, *weights, *options)
 

@@ -9,6 +9,7 @@ from .causal_conv1d import causal_conv1d, causal_conv1d_update
 from .gated_rms_norm import gated_rms_norm
 from .layer_step import layer_step
 from .mixer_step import mixer_step
+from .mlp_step import mlp_step
 from .recurrence import ssd_recurrence
 from .ssd import ssd
 from .ssd_step import ssd_step
@@ -19,6 +20,7 @@ __all__ = [
     "gated_rms_norm",
     "layer_step",
     "mixer_step",
+    "mlp_step",
     "ssd",
     "ssd_recurrence",
     "ssd_step",

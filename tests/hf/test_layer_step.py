@@ -20,7 +20,17 @@ pytestmark = [
 ]
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-ONE_GROUP = {"mamba2": {"n_groups": 1}, "granite": {"mamba_n_groups": 1, "num_local_experts": 0}}
+# Of one group, so that the gated norm can be part of the step.
+ONE_GROUP = {
+    "mamba2": ("mamba2", {"n_groups": 1}),
+    "dense": ("granite", {"mamba_n_groups": 1, "num_local_experts": 0, "residual_multiplier": 0.22}),
+    "experts": ("granite", {"mamba_n_groups": 1, "residual_multiplier": 0.22}),
+}
+
+
+def one_group(name: str) -> nn.Module:
+    family, changes = ONE_GROUP[name]
+    return build(family, **changes).to(DEVICE)
 
 
 @pytest.fixture(params=["block", "mixer"])
@@ -44,24 +54,41 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return calls
 
 
-def decode(model: nn.Module, runs: Any = run) -> tuple[list[torch.Tensor], Any]:
-    _, cache = runs(model, tokens(1, 9).to(DEVICE))
+@pytest.fixture
+def fed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Calls of `mlp_step`."""
+    from fastmamba.hf import block_step
+
+    calls: list[Any] = []
+    own = block_step.mlp_step
+
+    def mlp_step(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs)
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(block_step, "mlp_step", mlp_step)
+    return calls
+
+
+def decode(model: nn.Module, runs: Any = run, steps: int = 3) -> tuple[list[torch.Tensor], Any]:
+    _, cache = runs(model, tokens(1, 2 * steps).to(DEVICE))
     found = []
-    for seed in range(3):
+    for seed in range(steps):
         logits, cache = runs(model, tokens(1, 1, seed).to(DEVICE), cache)
         found.append(logits)
     return found, cache
 
 
 @pytest.mark.parametrize("name", list(ONE_GROUP))
-def test_decode(name: str, scope: str, taken: list[Any]) -> None:
-    model = build(name, **ONE_GROUP[name]).to(DEVICE)
+def test_decode(name: str, scope: str, taken: list[Any], fed: list[Any]) -> None:
+    model = one_group(name)
     fast = copy.deepcopy(model)
     fastmamba.patch(fast, backend="triton", scope=scope, cuda_graphs="off")
     exact, exact_cache = decode(model, run_exact)
     original, cache = decode(model)
     actual, fast_cache = decode(fast)
     assert len(taken) == 3 * len(mixers(fast))
+    assert len(fed) == (0 if name == "mamba2" or scope == "mixer" else 3 * len(fast.model.layers))
     for tensors in zip(actual, original, exact, strict=True):
         assert_golden(*tensors, factor=4)  # as in test_triton
     for ours, theirs, true in zip(
@@ -79,12 +106,12 @@ def test_what_takes_the_ordinary_way(taken: list[Any]) -> None:
         pass
 
     def patched() -> nn.Module:
-        model = build("mamba2", **ONE_GROUP["mamba2"]).to(DEVICE)
+        model = one_group("mamba2")
         fastmamba.patch(model, backend="triton", cuda_graphs="off")
         return model
 
-    expected, _ = decode(patched())
-    assert len(taken) == 9
+    expected, _ = decode(patched(), steps=1)
+    assert len(taken) == 3
     for change in ("hook", "class", "mixer hook", "backend"):
         taken.clear()
         model = patched()
@@ -98,14 +125,81 @@ def test_what_takes_the_ordinary_way(taken: list[Any]) -> None:
             mixer.register_forward_hook(lambda *args: seen.append(None))  # noqa: B023
         else:
             fastmamba.patch(model, backend="torch", cuda_graphs="off")
-        actual, _ = decode(model)
+        actual, _ = decode(model, steps=1)
         # A hook on the mixer has the mixer called, which may still run in one piece.
-        assert len(taken) == {"backend": 0, "mixer hook": 9}.get(change, 6)
-        assert len(seen) == (4 if "hook" in change else 0)
+        assert len(taken) == {"backend": 0, "mixer hook": 3}.get(change, 2)
+        assert len(seen) == (2 if "hook" in change else 0)
         for a, b in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     taken.clear()
     model = patched()
-    _, cache = run(model, tokens(2, 9).to(DEVICE))
+    _, cache = run(model, tokens(2, 2).to(DEVICE))
     run(model, tokens(2, 1).to(DEVICE), cache)
     assert taken == []
+
+
+def test_when_the_perceptron_takes_the_ordinary_way(fed: list[Any]) -> None:
+    """Hooks, an adapter's linear, an activation of another kind, experts computed by the user, a batch."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, batched_mm_experts_forward
+
+    class Other(nn.Linear):
+        pass
+
+    def patched() -> nn.Module:
+        model = one_group("experts")
+        fastmamba.patch(model, backend="triton", cuda_graphs="off")
+        return model
+
+    expected, _ = decode(patched(), steps=1)
+    assert len(fed) == 3
+    layer = patched().model.layers[0]
+    changes = {
+        "hook": lambda layer: layer.block_sparse_moe.router.register_forward_hook(lambda *args: seen.append(None)),
+        "norm's hook": lambda layer: layer.post_attention_layernorm.register_forward_hook(
+            lambda *args: seen.append(None)
+        ),
+        "class": lambda layer: setattr(layer.shared_mlp.output_linear, "__class__", Other),
+        "strides": lambda layer: setattr(
+            layer.block_sparse_moe.experts.down_proj,
+            "data",
+            layer.block_sparse_moe.experts.down_proj.data.mT.contiguous().mT,
+        ),
+        "activation": lambda layer: setattr(layer.shared_mlp, "activation", nn.Sequential(nn.SiLU())),
+        "forward": lambda layer: setattr(
+            layer.block_sparse_moe, "forward", lambda x: type(layer.block_sparse_moe).forward(layer.block_sparse_moe, x)
+        ),
+    }
+    for name, change in changes.items():
+        fed.clear()
+        seen: list[Any] = []
+        model = patched()
+        layer = model.model.layers[0]
+        change(layer)
+        actual, _ = decode(model, steps=1)
+        assert len(fed) == 2, name
+        assert len(seen) == (2 if "hook" in name else 0)
+        for a, b in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    fed.clear()
+    model = patched()
+    ALL_EXPERTS_FUNCTIONS["mine"] = batched_mm_experts_forward
+    try:
+        model.config._experts_implementation = "mine"
+        decode(model, steps=1)
+    finally:
+        del ALL_EXPERTS_FUNCTIONS["mine"]
+    model = patched()
+    _, cache = run(model, tokens(2, 2).to(DEVICE))
+    run(model, tokens(2, 1).to(DEVICE), cache)
+    assert fed == []
+
+
+def test_router_logits_are_collected(fed: list[Any]) -> None:
+    """A call that asks for them gets those of every layer, and the one after it takes the short way."""
+    model = one_group("experts")
+    fastmamba.patch(model, backend="triton", cuda_graphs="off")
+    _, cache = run(model, tokens(1, 2).to(DEVICE))
+    ids = tokens(1, 1).to(DEVICE)
+    with torch.no_grad():
+        output = model(ids, past_key_values=cache, use_cache=True, output_router_logits=True)
+    assert len(output.router_logits) == 3

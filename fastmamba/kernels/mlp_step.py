@@ -1,0 +1,293 @@
+"""One token through a SwiGLU multilayer perceptron, with its norm, its residual and a mixture of experts beside it.
+
+    1. norm, gate and up projections; with experts, the router's logits from blocks of the same kernel
+    2. with experts: gate and up projections of those that the logits choose, times their share
+    3. down projections, residual
+
+Every block that needs the choice of experts makes it itself, out of the logits. Kernels overlap as those of
+`layer_step`, and the last one has chosen its experts and loads weights before it waits: the logits are two kernels old.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastmamba.kernels._launch import Launcher
+from fastmamba.kernels._row_product import first_weights, wait
+from fastmamba.kernels._silu import silu
+
+
+@triton.jit
+def _rows(weight_ptr, r, ALIGNED: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BK: tl.constexpr):
+    """Addresses of the first BK columns of rows r. [R, BK]"""
+    if ALIGNED:
+        weight_ptr = tl.multiple_of(weight_ptr, 16)
+    return weight_ptr + r.to(tl.int64)[:, None] * K + tl.arange(0, BK)[None, :]
+
+
+@triton.jit
+def _gate_up(
+    x_ptr, norm_ptr, at, up, g, u, has, has_up, eps, K: tl.constexpr, R: tl.constexpr, BK: tl.constexpr
+):  # fmt: skip
+    """Rows of two weights times a vector, or times its RMSNorm, in float32. ([R], [R])
+
+    `at` and `up` are the rows' addresses, g and u their first BK columns.
+    """
+    k = tl.arange(0, BK)[None, :] + tl.zeros((R, 1), tl.int32)
+    gate_sum = tl.zeros((R, BK), tl.float32)
+    up_sum = tl.zeros((R, BK), tl.float32)
+    squares = tl.zeros((R, BK), tl.float32)
+    for start in tl.static_range(0, K, BK):
+        x = tl.load(x_ptr + start + k, mask=start + k < K, other=0.0).to(tl.float32)
+        if norm_ptr is not None:
+            squares += x * x
+            x *= tl.load(norm_ptr + start + k, mask=start + k < K, other=0.0).to(tl.float32)
+        gate_sum += g.to(tl.float32) * x
+        up_sum += u.to(tl.float32) * x
+        if start + BK < K:
+            inside = start + BK + k < K
+            g = tl.load(at + (start + BK), mask=has[:, None] & inside, other=0.0, eviction_policy="evict_first")
+            u = tl.load(up + (start + BK), mask=has_up[:, None] & inside, other=0.0, eviction_policy="evict_first")
+    gate = tl.sum(gate_sum, axis=1)
+    value = tl.sum(up_sum, axis=1)
+    if norm_ptr is not None:
+        scale = tl.rsqrt(tl.sum(squares, axis=1) / K + eps)
+        gate *= scale
+        value *= scale
+    return gate, value
+
+
+@triton.jit
+def _choose(logits_ptr, E: tl.constexpr, BE: tl.constexpr):
+    """Experts' numbers, ranks by logit (of equal ones the first is ahead), and shares before normalisation. [E] each"""
+    i = tl.arange(0, BE)
+    # Past the L1 cache, which may still hold what the layer before left at this address.
+    logits = tl.load(logits_ptr + i, mask=i < E, other=float("-inf"), cache_modifier=".cg")
+    ahead = (logits[None, :] > logits[:, None]) | ((logits[None, :] == logits[:, None]) & (i[None, :] < i[:, None]))
+    return i, tl.sum(ahead.to(tl.int32), axis=1), tl.exp(logits - tl.max(logits, axis=0))
+
+
+@triton.jit
+def _expert(i, rank, slot, E: tl.constexpr):
+    """The expert of a rank; some expert where logits are NaN, and ranks thereby equal."""
+    return tl.minimum(tl.sum(tl.where(rank == slot, i, 0), axis=0), E - 1).to(tl.int64)
+
+
+@triton.jit
+def _up_kernel(
+    x_ptr,
+    weight_ptr,
+    norm_ptr,
+    router_ptr,
+    h_ptr,
+    logits_ptr,
+    eps,
+    stride_x_b,
+    stride_h_b,
+    K: tl.constexpr,
+    INNER: tl.constexpr,
+    E: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    R: tl.constexpr,
+    BK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    BLOCKS: tl.constexpr = (INNER + R - 1) // R
+    block = tl.program_id(0)
+    b = tl.program_id(1).to(tl.int64)
+    r = block * R + tl.arange(0, R)
+    has_up = r < INNER
+    has = has_up
+    if E > 0:  # blocks past those of the projection have rows of the router
+        routes = block >= BLOCKS
+        r = tl.where(routes, r - BLOCKS * R, r)
+        has_up = r < tl.where(routes, 0, INNER)
+        has = r < tl.where(routes, E, INNER)
+        weight_ptr = tl.where(routes, router_ptr.to(tl.int64), weight_ptr.to(tl.int64)).to(weight_ptr.dtype)
+    at = _rows(weight_ptr, r, ALIGNED, K, R, BK)
+    up = at + INNER * K
+    k = tl.arange(0, BK)[None, :]
+    g = tl.load(at, mask=has[:, None] & (k < K), other=0.0, eviction_policy="evict_first")
+    u = tl.load(up, mask=has_up[:, None] & (k < K), other=0.0, eviction_policy="evict_first")
+    wait(OVERLAP)
+    g, u = _gate_up(x_ptr + b * stride_x_b, norm_ptr, at, up, g, u, has, has_up, eps, K, R, BK)
+    tl.store(h_ptr + b * stride_h_b + r, silu(g) * u, mask=has_up)
+    if E > 0:
+        tl.store(logits_ptr + b * E + r, g, mask=r < tl.where(routes, E, 0))
+
+
+@triton.jit
+def _experts_kernel(
+    x_ptr,
+    weight_ptr,
+    norm_ptr,
+    logits_ptr,
+    h_ptr,
+    eps,
+    stride_x_b,
+    stride_h_b,
+    K: tl.constexpr,
+    INNER: tl.constexpr,
+    EXPERT: tl.constexpr,
+    E: tl.constexpr,
+    BE: tl.constexpr,
+    TOP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    R: tl.constexpr,
+    BK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    BLOCKS: tl.constexpr = (EXPERT + R - 1) // R
+    slot = tl.program_id(0) // BLOCKS
+    b = tl.program_id(1).to(tl.int64)
+    r = tl.program_id(0) % BLOCKS * R + tl.arange(0, R)
+    has = r < EXPERT
+    wait(OVERLAP)
+    i, rank, part = _choose(logits_ptr + b * E, E, BE)
+    share = tl.sum(tl.where(rank == slot, part, 0.0), axis=0) / tl.sum(tl.where(rank < TOP, part, 0.0), axis=0)
+    at = _rows(weight_ptr + _expert(i, rank, slot, E) * (2 * EXPERT * K), r, ALIGNED, K, R, BK)
+    up = at + EXPERT * K
+    inside = has[:, None] & (tl.arange(0, BK) < K)[None, :]
+    g = tl.load(at, mask=inside, other=0.0, eviction_policy="evict_first")
+    u = tl.load(up, mask=inside, other=0.0, eviction_policy="evict_first")
+    g, u = _gate_up(x_ptr + b * stride_x_b, norm_ptr, at, up, g, u, has, has, eps, K, R, BK)
+    tl.store(h_ptr + b * stride_h_b + INNER + slot * EXPERT + r, share * (silu(g) * u), mask=has)
+
+
+@triton.jit
+def _down_kernel(
+    h_ptr,
+    weight_ptr,
+    experts_ptr,
+    logits_ptr,
+    residual_ptr,
+    out_ptr,
+    scale,
+    stride_h_b,
+    stride_r_b,
+    K: tl.constexpr,
+    INNER: tl.constexpr,
+    EXPERT: tl.constexpr,
+    E: tl.constexpr,
+    BE: tl.constexpr,
+    TOP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    R: tl.constexpr,
+    BI: tl.constexpr,
+    BX: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    b = tl.program_id(1).to(tl.int64)
+    r = tl.program_id(0) * R + tl.arange(0, R)
+    has = r < K
+    at, w = first_weights(weight_ptr, r, has, INNER, INNER, BI)
+    if E > 0:
+        i, rank, _ = _choose(logits_ptr + b * E, E, BE)
+        x = tl.arange(0, BX)[None, :] + tl.zeros((R, 1), tl.int32)
+        from_expert = _rows(experts_ptr + _expert(i, rank, 0, E) * (K * EXPERT), r, ALIGNED, EXPERT, R, BX)
+        v = tl.load(from_expert, mask=has[:, None] & (x < EXPERT), other=0.0, eviction_policy="evict_first")
+    wait(OVERLAP)
+    h_ptr += b * stride_h_b
+    k = tl.arange(0, BI)[None, :] + tl.zeros((R, 1), tl.int32)
+    acc = tl.zeros((R, BI), tl.float32)
+    for start in tl.static_range(0, INNER, BI):
+        h = tl.load(h_ptr + start + k, mask=start + k < INNER, other=0.0)
+        acc += w.to(tl.float32) * h
+        if start + BI < INNER:
+            inside = has[:, None] & (start + BI + k < INNER)
+            w = tl.load(at + (start + BI), mask=inside, other=0.0, eviction_policy="evict_first")
+    y = tl.sum(acc, axis=1)
+    if E > 0:
+        h_ptr += INNER
+        mixed = tl.zeros((R, BX), tl.float32)
+        for slot in tl.static_range(TOP):
+            if slot > 0:
+                from_expert = _rows(experts_ptr + _expert(i, rank, slot, E) * (K * EXPERT), r, ALIGNED, EXPERT, R, BX)
+            for start in tl.static_range(0, EXPERT, BX):
+                if slot > 0 or start > 0:
+                    inside = has[:, None] & (start + x < EXPERT)
+                    v = tl.load(from_expert + start, mask=inside, other=0.0, eviction_policy="evict_first")
+                h = tl.load(h_ptr + slot * EXPERT + start + x, mask=start + x < EXPERT, other=0.0)
+                mixed += v.to(tl.float32) * h
+        y += tl.sum(mixed, axis=1)
+    if residual_ptr is not None:
+        y = y * scale + tl.load(residual_ptr + b * stride_r_b + r, mask=has, other=0.0).to(tl.float32)
+    tl.store(out_ptr + b * K + r, y.to(out_ptr.dtype.element_ty), mask=has)
+
+
+_launch_up = Launcher(_up_kernel)
+_launch_experts = Launcher(_experts_kernel)
+_launch_down = Launcher(_down_kernel)
+
+_ROWS = 4
+_WARPS = 4
+
+
+def mlp_step(
+    x: Tensor,
+    in_weight: Tensor,
+    out_weight: Tensor,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    router_weight: Tensor | None,
+    expert_in_weight: Tensor | None,
+    expert_out_weight: Tensor | None,
+    top_k: int,
+    residual_scale: float | None,
+    overlap: bool,
+) -> Tensor:
+    """Launch the step; arguments as `fastmamba.ops.mlp_step`, already checked, the weights contiguous."""
+    batch, size = x.shape
+    inner = out_weight.shape[1]
+    experts, expert = (0, 1) if expert_out_weight is None else (expert_out_weight.shape[0], expert_out_weight.shape[2])
+    if experts == 0:
+        top_k = 0
+    width = inner + top_k * expert
+    h = in_weight.new_empty((batch, width), dtype=torch.float32)
+    logits = in_weight.new_empty((batch, experts), dtype=torch.float32) if experts else None
+    residual = None if residual_scale is None else x
+    out = in_weight.new_empty((batch, size), dtype=in_weight.dtype if residual is None else x.dtype)
+    weights = (in_weight, router_weight, expert_in_weight, expert_out_weight)
+    aligned = not any(weight.data_ptr() & 15 for weight in weights if weight is not None)
+    options = {"launch_pdl": True} if overlap else {}
+    padded = triton.next_power_of_2(max(experts, 1))
+    norm = None if norm_weight is None else norm_weight.contiguous()
+    _launch_up(
+        (triton.cdiv(inner, _ROWS) + triton.cdiv(experts, _ROWS), batch, 1),
+        (x, in_weight, norm, router_weight, h, logits),
+        (norm_eps, x.stride(0), width),
+        (size, inner, experts, aligned, _ROWS, _columns(size), overlap),
+        num_warps=_WARPS,
+        **options,
+    )
+    if experts:
+        _launch_experts(
+            (triton.cdiv(expert, _ROWS) * top_k, batch, 1),
+            (x, expert_in_weight, norm, logits, h),
+            (norm_eps, x.stride(0), width),
+            (size, inner, expert, experts, padded, top_k, aligned, _ROWS, _columns(size), overlap),
+            num_warps=_WARPS,
+            **options,
+        )
+    _launch_down(
+        (triton.cdiv(size, _ROWS), batch, 1),
+        (h, out_weight, expert_out_weight, logits, residual, out),
+        (1.0 if residual_scale is None else float(residual_scale), width, 0 if residual is None else x.stride(0)),
+        (
+            *(size, inner, expert, experts, padded, top_k, aligned),
+            *(_ROWS, _columns(inner), _columns(expert), overlap),
+        ),
+        num_warps=_WARPS,
+        **options,
+    )
+    return out
+
+
+def _columns(length: int) -> int:
+    """Columns of a weight that a block takes at a time: few past the last one, and not so many steps."""
+    if length > 4096:
+        return 1024
+    return min(triton.next_power_of_2(length), 512 if length % 512 == 0 or length > 2048 else 256)
