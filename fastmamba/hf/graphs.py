@@ -13,7 +13,7 @@ import types
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from itertools import repeat
-from operator import getitem, is_
+from operator import is_
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -26,6 +26,7 @@ from fastmamba.hf.compat import cache_layer
 from fastmamba.hf.families import Family, match
 from fastmamba.hf.pieces import in_pieces
 from fastmamba.hf.report import GraphReport
+from fastmamba.hf.sdpa import without_cudnn
 from fastmamba.hf.tape import CudaCapture, NotRecordable, Tape
 
 MOST_TAPES = 16
@@ -46,48 +47,45 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
 _BUSY = "another model is being recorded"
 _address = torch.Tensor.data_ptr
-# (tensors, addresses, indices): whether the tensors at the indices are at those addresses. In builds with CUDA.
-_same_addresses: Any = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
 
 
 class _Structure:
     """What a tape has baked in of a model: where its weights are, which modules it calls, that none has a hook."""
 
     def __init__(self, root: nn.Module) -> None:
-        weights = []
-        children = []
-        self._hooks: list[Any] = []
-        forwards = []
-        for module in root.modules():
-            for tensors in (module._parameters, module._buffers):
-                weights += [(tensors, name) for name, tensor in tensors.items() if tensor is not None]
-            children += [(module._modules, name, child) for name, child in module._modules.items()]
-            self._hooks += [module._forward_hooks, module._forward_pre_hooks]
-            forwards.append(module.__dict__)
-        self._owners, self._names = [owner for owner, _ in weights], [name for _, name in weights]
-        self._addresses, self._all = self._where(), list(range(len(weights)))
-        self._parents, self._keys, self._children = (list(column) for column in zip(*children, strict=True))
-        self._dicts, self._forwards = forwards, [attributes.get("forward") for attributes in forwards]
+        modules = list(root.modules())
+        weights = [tensors for module in modules for tensors in (module._parameters, module._buffers) if tensors]
+        self._tensors = [tensor for tensors in weights for tensor in tensors.values() if tensor is not None]
+        self._addresses = list(map(_address, self._tensors))
+        # Dictionaries are compared by the identity of what they hold. Where tensors differ, == of them raises; with one
+        # element it does not, and addresses are told apart below only for the tensors from before.
+        self._plain = all(tensor.numel() != 1 for tensor in self._tensors)
+        self._now = [*weights, *(module._modules for module in modules if module._modules)]
+        self._then = [dict(content) for content in self._now]
+        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._lengths = list(map(len, self._hooks)) if any(self._hooks) else None
+        self._dicts = [module.__dict__ for module in modules]
+        self._forwards = [attributes.get("forward") for attributes in self._dicts]
 
-    def _where(self) -> list[int]:
-        return list(map(_address, map(getitem, self._owners, self._names)))
-
-    def _stayed(self) -> bool:
-        if _same_addresses is None:
-            return self._where() == self._addresses
-        return _same_addresses(list(map(getitem, self._owners, self._names)), self._addresses, self._all)
+    def _same(self) -> bool:
+        """Whether the same weights and modules are in place."""
+        if self._plain:
+            return self._now == self._then
+        return all(
+            content.keys() == before.keys() and all(map(is_, content.values(), before.values()))
+            for content, before in zip(self._now, self._then, strict=True)
+        )
 
     def holds(self) -> bool:
         """Whether all is as it was. This runs at every call: loops in C alone."""
         try:
             return (
-                self._stayed()
-                and all(map(is_, map(getitem, self._parents, self._keys), self._children))
+                self._same()
+                and list(map(_address, self._tensors)) == self._addresses
                 and (not any(self._hooks) if self._lengths is None else list(map(len, self._hooks)) == self._lengths)
                 and list(map(dict.get, self._dicts, repeat("forward"))) == self._forwards
             )
-        except (KeyError, RuntimeError):  # something is gone, or on the meta device
+        except (TypeError, RuntimeError):  # another tensor is there, or nothing has an address on the meta device
             return False
 
 
@@ -204,14 +202,14 @@ class Session:
             self._wait()
             recorded[0].bind(states)
             self._bound[key] = _Bound(cache, tensors)
-        fresh = self._fresh(root, ids, cache, arguments)
-        if isinstance(fresh, str):
-            return fresh
+        fault = self._why_not_fresh(root, arguments)
+        if fault:
+            return fault
         self._tapes.move_to_end(key)
         self._wait()
         tape, static_ids, output = recorded
         static_ids.copy_(ids)
-        tape.run(fresh)
+        tape.run(lambda: self._fresh(root, ids, cache, arguments))
         self.replays += 1
         return type(output)(
             **{name: value.clone() if isinstance(value, Tensor) else cache for name, value in output.items()}
@@ -342,32 +340,34 @@ class Session:
             return f"graphs would take more than {MOST_BYTES >> 30} GiB"
         return ""
 
-    def _fresh(self, root: Any, ids: Tensor, cache: Any, arguments: dict[str, Any]) -> Any:
-        """What eager calls need for this token: made as the model's own forward makes it. Or why it cannot be."""
+    def _why_not_fresh(self, root: Any, arguments: dict[str, Any]) -> str:
+        """Why `_fresh` cannot be made of a call's arguments, or the empty string."""
         if not self._attention:
-            return {}
+            return ""
+        mask = arguments.get("attention_mask")
+        if isinstance(mask, dict) and mask.get("linear_attention") is not None:
+            return "one-token step with a mask"
+        if getattr(root.base_model, "rotary_emb", None) is not None and arguments.get("position_ids") is None:
+            return "no position_ids"
+        return ""
+
+    def _fresh(self, root: Any, ids: Tensor, cache: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+        """What eager calls need for this token: made as the model's own forward makes it."""
         base = root.base_model
         mask = arguments.get("attention_mask")
         like = torch.empty(*ids.shape, 0, dtype=root.dtype, device=ids.device)
         if isinstance(mask, dict):
-            if mask.get("linear_attention") is not None:
-                return "one-token step with a mask"
             mask = mask.get("full_attention")
         else:
             mask = create_causal_mask(
                 config=base.config, inputs_embeds=like, attention_mask=mask, past_key_values=cache
             )
         position_ids = arguments.get("position_ids")
-        embeddings = None
         rotary = getattr(base, "rotary_emb", None)
-        if rotary is not None:
-            if position_ids is None:
-                return "no position_ids"
-            embeddings = rotary(like, position_ids)
         return {
             "attention_mask": mask,
             "past_key_values": cache,
-            "position_embeddings": embeddings,
+            "position_embeddings": None if rotary is None else rotary(like, position_ids),
             "position_ids": position_ids,
         }
 
@@ -431,11 +431,18 @@ def make_forward(root_class: type, family: Family, tapes: bool, most: int | None
     own: Any = root_class.forward
     whole = own if most is None else in_pieces(own, family, most)
     cache_name = family.cache
+    attends = bool(family.attention)
 
     @functools.wraps(own)  # generate() reads the signature
     def forward(self: Any, input_ids: Any = None, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or args or type(input_ids) is not Tensor or input_ids.shape[-1] != 1:
             return whole(self, input_ids, *args, **kwargs)
+        if not attends:
+            return one(self, input_ids, kwargs)
+        with without_cudnn():
+            return one(self, input_ids, kwargs)
+
+    def one(self: Any, input_ids: Tensor, kwargs: dict[str, Any]) -> Any:
         cache = kwargs.get(cache_name)
         if not tapes or cache is None or input_ids.ndim != 2 or not hasattr(cache, "layers"):
             return own(self, input_ids, **kwargs)

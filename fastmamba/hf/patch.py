@@ -118,7 +118,7 @@ def patch(
         unbind_blocks(model)
         if scope == "block":
             bind_blocks(model, backend)
-        _bind_roots(model, cuda_graphs == "auto" and scope != "ssd", prefill_chunk_tokens)
+        _bind_roots(model, scope, cuda_graphs == "auto" and scope != "ssd", prefill_chunk_tokens)
     return report(model)
 
 
@@ -220,13 +220,13 @@ def _roots(model: nn.Module) -> Iterator[tuple[Any, Family]]:
             yield module, family
 
 
-def _bind_roots(model: nn.Module, tapes: bool, most: int | None) -> None:
+def _bind_roots(model: nn.Module, scope: str, tapes: bool, most: int | None) -> None:
     from fastmamba.hf.graphs import make_forward
 
     for root, family in _roots(model):
         slot = slot_of(root)
         if slot not in root.__dict__:
-            if tapes or most is not None:
+            if tapes or most is not None or (family.attention and scope != "ssd"):
                 bind(root, slot, make_forward(type(root), family, tapes, most))
         # A forward that something else has put there is left alone; under accelerate's hooks there are no tapes.
         elif most is not None and root.__dict__[slot] == types.MethodType(type(root).forward, root):

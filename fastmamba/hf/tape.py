@@ -236,9 +236,15 @@ class Tape:
         """Use these states from the next run on."""
         self._table.bind(states)
 
-    def run(self, fresh: dict[str, Any]) -> None:
-        """Run the forward once. `fresh` has a value for each of FRESH that an eager call takes."""
+    def run(self, make_fresh: Callable[[], dict[str, Any]]) -> None:
+        """Run the forward once. `make_fresh` gives a value for each of FRESH that an eager call takes.
+
+        It is called where the first eager call needs it, while the GPU is busy with what comes before.
+        """
         self._table.start()
+        fresh: dict[str, Any] = {}
         for step in self._steps:
+            if not fresh and isinstance(step, _EagerCall):
+                fresh = make_fresh()
             step(fresh)
         self._table.done()

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastmamba
 from fastmamba.hf.graphs import Session
@@ -344,7 +345,7 @@ def test_nothing_keeps_a_cache_alive(main_model: nn.Module) -> None:
 def test_patch_and_unpatch(main_model: nn.Module) -> None:
     before = [dict(module.__dict__) for module in main_model.modules()]
     assert fastmamba.patch(main_model, cuda_graphs="off").graphs == ()
-    assert "forward" not in main_model.__dict__
+    assert ("forward" in main_model.__dict__) == ("Mamba2" not in type(main_model).__name__)  # see hf/sdpa.py
     fastmamba.patch(main_model)
     assert graphs(main_model).replays == 0
     fastmamba.patch(main_model)
@@ -375,6 +376,39 @@ def test_copies(mamba2: nn.Module) -> None:
     loaded = pickle.loads(pickle.dumps(other))
     assert fastmamba.report(loaded).patched == 0
     assert torch.allclose(decode(loaded)[-1], expected[-1], atol=1e-4)
+
+
+def test_attention_of_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It never asks cuDNN, which plans for each length of the keys; all else does, and the switch is put back."""
+    from torch.backends import cuda
+
+    seen: list[bool] = []
+    eager, fast = pair(build("granite"))
+    before = cuda.cudnn_sdp_enabled()
+    cuda.enable_cudnn_sdp(True)
+    own = torch.nn.functional.scaled_dot_product_attention
+
+    def attention(*args: object, **kwargs: object) -> torch.Tensor:
+        seen.append(cuda.cudnn_sdp_enabled())
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    try:
+        for model in (eager, fast):
+            decode(model)
+            assert seen == [True, False, False, False] and cuda.cudnn_sdp_enabled()
+            seen.clear()
+            with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]):  # the user's choice
+                decode(model)
+            assert seen == [True] * 4
+            seen.clear()
+        _, cache = run(fast, tokens(2, 3))
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(fast, tokens(2, 1), cache)
+        assert cuda.cudnn_sdp_enabled()
+    finally:
+        cuda.enable_cudnn_sdp(before)
 
 
 WAYS = {
