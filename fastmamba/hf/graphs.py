@@ -15,7 +15,7 @@ from collections.abc import Callable
 from itertools import repeat
 from operator import is_
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
@@ -403,6 +403,8 @@ def _not_fast(mixer: Any, device_type: str) -> str:
 
 # Forwards that `make_forward` made, to know them by -> whether they take tapes, and the most tokens of a call.
 _forwards: WeakKeyDictionary[Any, tuple[bool, int | None]] = WeakKeyDictionary()
+own_stood: WeakSet[Any] = WeakSet()
+"""Those that took the place of the class's own forward in a model's __dict__, where unpickling leaves it."""
 
 
 def made(function: object) -> tuple[bool, int | None] | None:

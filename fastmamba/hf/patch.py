@@ -221,16 +221,18 @@ def _roots(model: nn.Module) -> Iterator[tuple[Any, Family]]:
 
 
 def _bind_roots(model: nn.Module, scope: str, tapes: bool, most: int | None) -> None:
-    from fastmamba.hf.graphs import make_forward
+    from fastmamba.hf.graphs import make_forward, own_stood
 
     for root, family in _roots(model):
         slot = slot_of(root)
-        if slot not in root.__dict__:
-            if tapes or most is not None or (family.attention and scope != "ssd"):
-                bind(root, slot, make_forward(type(root), family, tapes, most))
-        # A forward that something else has put there is left alone; under accelerate's hooks there are no tapes.
-        elif most is not None and root.__dict__[slot] == types.MethodType(type(root).forward, root):
-            bind(root, slot, make_forward(type(root), family, False, most))
+        own = types.MethodType(type(root).forward, root)
+        # A forward that something else has put there is left alone. Under accelerate's hooks nothing is recorded, and
+        # the report says so.
+        if root.__dict__.get(slot, own) == own and (tapes or most is not None or (family.attention and scope != "ssd")):
+            function = make_forward(type(root), family, tapes, most)
+            if slot in root.__dict__:
+                own_stood.add(function)
+            bind(root, slot, function)
 
 
 def _bound_roots(model: nn.Module) -> Iterator[tuple[Any, str, Any]]:
@@ -250,7 +252,7 @@ def _unbind_roots(model: nn.Module) -> None:
     for root, slot, bound in list(_bound_roots(model)):
         graphs.forget(root)
         pieces.forget(root)
-        if slot == "forward":
+        if slot == "forward" and bound.__func__ not in graphs.own_stood:
             del root.__dict__[slot]
             continue
         own = root.__dict__[slot] = types.MethodType(type(root).forward, root)

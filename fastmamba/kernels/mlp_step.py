@@ -147,7 +147,7 @@ def _experts_kernel(
     has = r < EXPERT
     wait(OVERLAP)
     i, rank, part = _choose(logits_ptr + b * E, E, BE)
-    share = tl.sum(tl.where(rank == slot, part, 0.0), axis=0) / tl.sum(tl.where(rank < TOP, part, 0.0), axis=0)
+    share = tl.fdiv(tl.sum(tl.where(rank == slot, part, 0.0), axis=0), tl.sum(tl.where(rank < TOP, part, 0.0), axis=0))
     at = _rows(weight_ptr + _expert(i, rank, slot, E) * (2 * EXPERT * K), r, ALIGNED, K, R, BK)
     up = at + EXPERT * K
     inside = has[:, None] & (tl.arange(0, BK) < K)[None, :]

@@ -450,14 +450,82 @@ def test_continued_chat(main_model: nn.Module) -> None:
     assert graphs(fast).replays >= 6
 
 
-def test_assisted_decoding() -> None:
-    eager, fast = pair(build("granite"))
-    _, draft = pair(build("granite", seed=4))
-    outputs = []
-    for model, assistant in ((eager, None), (fast, draft)):
-        try:
-            outputs.append(model.generate(tokens(1, 9), max_new_tokens=8, do_sample=False, assistant_model=assistant))
-        except ValueError as error:  # what transformers says of caches that cannot be rolled back
-            assert "assist" in str(error)
-            return
-    assert torch.equal(*outputs)
+def test_assisted_decoding(main_model: nn.Module) -> None:
+    """transformers refuses it for models with a state. So do patched ones, and what comes after is as ever."""
+    eager, fast = pair(main_model)
+    ids, options = tokens(1, 9), {"max_new_tokens": 8, "do_sample": False}
+    expected = eager.generate(ids, **options)
+    for assistance in ({"assistant_model": copy.deepcopy(fast)}, {"prompt_lookup_num_tokens": 2}):
+        messages = []
+        for model in (main_model, fast):
+            with pytest.raises(ValueError, match="assisted generation is not supported") as raised:
+                model.generate(ids, **assistance, **options)
+            messages.append(str(raised.value))
+        assert messages[0] == messages[1]
+        assert torch.equal(fast.generate(ids, **options), expected)
+
+
+def test_streamers_and_stopping_criteria(main_model: nn.Module) -> None:
+    """Each token is handed on as it comes, and a criterion ends the generation where it would without graphs."""
+
+    class Streamer:
+        def __init__(self) -> None:
+            self.values: list[torch.Tensor] = []
+            self.ended = 0
+
+        def put(self, value: torch.Tensor) -> None:
+            self.values.append(value.flatten())
+
+        def end(self) -> None:
+            self.ended += 1
+
+    eager, fast = pair(main_model)
+    results = []
+    for model in (eager, fast):
+        for _ in range(2):
+            streamer = Streamer()
+            found = model.generate(
+                tokens(1, 9),
+                max_new_tokens=12,
+                do_sample=False,
+                streamer=streamer,
+                stopping_criteria=[lambda ids, scores: torch.tensor([ids.shape[1] >= 15])],
+            )
+            assert found.shape == (1, 15) and streamer.ended == 1
+            assert torch.equal(torch.cat(streamer.values), found[0])
+            results.append(found)
+    assert all(torch.equal(found, results[0]) for found in results)
+    assert graphs(fast).replays == 10 and graphs(fast).eager_calls == {}
+
+
+@pytest.mark.parametrize("first", ["hooks", "patch"])
+def test_device_map(main_model: nn.Module, first: str) -> None:
+    """Under accelerate's hooks, as several GPUs have them, nothing is recorded, and the report says why."""
+    accelerate = pytest.importorskip("accelerate")
+    eager, fast = pair(main_model)
+    expected = decode(eager)
+    if first == "hooks":
+        fastmamba.unpatch(fast)
+    accelerate.dispatch_model(fast, {"": "cpu"}, force_hooks=True)
+    if first == "hooks":
+        fastmamba.patch(fast)
+    assert_same(decode(fast), expected)
+    assert graphs(fast).replays == graphs(fast).recorded == 0
+    ((reason, count),) = graphs(fast).eager_calls.items()
+    assert reason.startswith("accelerate's hooks") and count == 3
+    assert reason in str(fastmamba.report(fast))
+
+
+def test_unpatch_lets_go(main_model: nn.Module) -> None:
+    """Recordings, and the buffers that they hold."""
+    _, fast = pair(main_model)
+    decode(fast)
+    from fastmamba.hf.graphs import session_of
+
+    session = session_of(fast)
+    (tape, ids, _) = next(iter(session._tapes.values()))
+    held = [weakref.ref(thing) for thing in (session, tape, ids)]
+    del session, tape, ids, _
+    fastmamba.unpatch(fast)
+    gc.collect()
+    assert [reference() for reference in held] == [None] * 3
