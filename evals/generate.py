@@ -38,6 +38,12 @@ class Settings:
     new_tokens: int = 256
     slow_tokens: int | None = None
     """New tokens for the sides without graphs, whose pace shows in fewer; None for as many."""
+    end_to_end: bool = False
+    """In the first case every side generates `new_tokens`."""
+    most_original: int | None = None
+    """Tokens of a batch of prompts past which the original is not run; None for no end."""
+    untuned_peers: bool = False
+    """mamba_ssm's prefill kernels take the first configuration of each, instead of searching for minutes."""
     repeats: int = 1
     seed: int = 0
     sides: tuple[str, ...] = SIDES
@@ -69,6 +75,12 @@ class Measurement:
         self.model: Any = prefill.load(
             name, prefill.Settings(settings.device, settings.dtype, settings.layers, seed=settings.seed)
         )
+        if settings.untuned_peers:
+            from evals.ssd_contenders import autotuners, five_kernels
+
+            five_kernels()
+            for tuner in autotuners():
+                tuner.configs = tuner.configs[:1]
 
     def facts(self) -> dict[str, Any]:
         """The model, and the machine's copy bandwidth (bytes read and written a second)."""
@@ -80,8 +92,8 @@ class Measurement:
             facts["copy_bytes_per_s"] = 2 * source.nbytes / ms * 1e3
         return facts
 
-    def row(self, tokens: int, batch: int, sides: tuple[str, ...]) -> dict[str, Any]:
-        """Every side at one prompt length and batch size."""
+    def row(self, tokens: int, batch: int, sides: tuple[str, ...], whole: bool) -> dict[str, Any]:
+        """Every side at one prompt length and batch size; with `whole`, all generate as many tokens."""
         generator = torch.Generator().manual_seed(self.settings.seed + tokens)
         vocabulary = self.model.config.get_text_config().vocab_size
         ids = torch.randint(3, vocabulary, (batch, tokens), generator=generator).to(self.device)
@@ -90,7 +102,7 @@ class Measurement:
         for side in sides:
             self.phase(side)
             try:
-                row[side], found[side] = self._side(side, ids)
+                row[side], found[side] = self._side(side, ids, whole)
             except (MemoryError, RuntimeError) as error:
                 if "out of memory" not in str(error):
                     raise
@@ -105,8 +117,10 @@ class Measurement:
             row["same_tokens"] = torch.equal(found["graphs"][:, :shared], found["patched"][:, :shared])
         return row
 
-    def _side(self, side: str, ids: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
-        count = self.settings.new_tokens if side == "graphs" else self.settings.slow_tokens or self.settings.new_tokens
+    def _side(self, side: str, ids: torch.Tensor, whole: bool) -> tuple[dict[str, Any], torch.Tensor]:
+        count = self.settings.new_tokens
+        if side != "graphs" and not whole:
+            count = self.settings.slow_tokens or count
         report = None
         if side != "original":
             fastmamba.patch(self.model, cuda_graphs=CUDA_GRAPHS[side])
@@ -273,10 +287,12 @@ def measure(
     failed: dict[str, tuple[int, dict[str, Any]]] = {}
     announced = False
     try:
-        for tokens, batch in cases:
+        for number, (tokens, batch) in enumerate(cases):
             row: dict[str, Any] = {"tokens": tokens, "batch": batch}
+            if settings.most_original is not None and tokens * batch > settings.most_original:
+                row["original"] = {"status": "not run", "message": f"more than {settings.most_original:,} tokens"}
             for side, (size, outcome) in failed.items():
-                if tokens * batch >= size:
+                if tokens * batch >= size and side not in row:
                     row[side] = {"status": "not run", "message": f"{outcome['status']} at {size:,} tokens"}
             while wanted := tuple(side for side in settings.sides if side not in row):
                 try:
@@ -285,7 +301,7 @@ def measure(
                         if not announced:
                             ready(process.facts)
                             announced = True
-                    row |= process.row(tokens, batch, wanted)
+                    row |= process.row(tokens, batch, wanted, settings.end_to_end and number == 0)
                     break
                 except _Died as death:
                     if process is None:

@@ -33,6 +33,9 @@ def main(argv: list[str] | None = None) -> int:
         layers=options.layers,
         new_tokens=options.new_tokens,
         slow_tokens=options.slow_tokens,
+        end_to_end=options.end_to_end,
+        most_original=options.most_original,
+        untuned_peers=options.untuned_peers,
         repeats=options.repeats,
         seed=options.seed,
         sides=tuple(side for side in generate.SIDES if side in options.sides),
@@ -104,6 +107,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=positive, default=256, help="(default: 256)")
     parser.add_argument(
         "--slow-tokens", type=positive, help="new tokens for the sides without graphs (default: as many)"
+    )
+    parser.add_argument("--end-to-end", action="store_true", help="in the first case, all sides generate as many")
+    parser.add_argument(
+        "--most-original",
+        type=positive,
+        metavar="TOKENS",
+        help="past so many tokens of prompts, leave the original out",
+    )
+    parser.add_argument(
+        "--untuned-peers",
+        action="store_true",
+        help="mamba_ssm's prefill kernels run in their first configuration, not in the fastest of a search",
     )
     parser.add_argument("--sides", default=",".join(generate.SIDES), help="(default: %(default)s)")
     parser.add_argument("--layers", type=positive, help="keep this many layers")

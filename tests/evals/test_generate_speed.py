@@ -25,6 +25,19 @@ def test_run(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "x in all" in capsys.readouterr().out
 
 
+def test_short_runs_of_the_original(tmp_path: pathlib.Path) -> None:
+    """It generates all tokens in the first case alone, and long prompts are not its affair."""
+    arguments = "--model mamba2-130m --layers 2 --tokens 8,16,32 --new-tokens 4 --slow-tokens 2 --device cpu"
+    options = "--dtype float32 --end-to-end --most-original 16 --untuned-peers --sides graphs,original"
+    assert generate_speed.main([*arguments.split(), *options.split(), "--output", str(tmp_path)]) == 0
+    first, second, third = json.loads((tmp_path / "generate_speed.json").read_text())["models"][0]["rows"]
+    assert [row["original"].get("new_tokens") for row in (first, second, third)] == [4, 2, None]
+    assert third["original"]["status"] == "not run"
+    assert generate_report.speedup(first, "graphs", "total_ms") and not generate_report.speedup(
+        second, "graphs", "total_ms"
+    )
+
+
 def test_bytes_per_token() -> None:
     """By hand: weights once, the head being the embedding; float32 states in and out; keys and values of the prompt."""
     import torch
