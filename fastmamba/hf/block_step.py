@@ -82,7 +82,11 @@ def can_feed(layer: Any, hidden_states: Tensor, backend: str) -> bool:
         if not _own(mixture, "GraniteMoeHybridMoE") or not _own(mixture.router, "GraniteMoeHybridTopKRouter"):
             return False
         experts = mixture.experts
-        if not _own(experts, "GraniteMoeHybridExperts") or not _silu(experts.act_fn) or experts._is_expert_parallel:
+        if (
+            not _own(experts, "GraniteMoeHybridExperts")
+            or not _silu(experts.act_fn)
+            or getattr(experts, "_is_expert_parallel", False)
+        ):
             return False
         if experts.config._experts_implementation not in _EXPERTS:
             return False

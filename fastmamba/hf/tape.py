@@ -101,6 +101,8 @@ class CudaCapture:
                     yield
                 finally:
                     self._abandon()
+                    # Also where recording failed: what has been launched still reads tensors that now go out of use.
+                    self._stream.synchronize()
             torch.cuda.synchronize(self.device)
         finally:
             if collecting:

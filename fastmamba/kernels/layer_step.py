@@ -202,7 +202,7 @@ def layer_step(
     residual = None if residual_scale is None else x
     out = in_weight.new_empty((batch, out_weight.shape[0]), dtype=in_weight.dtype if residual is None else x.dtype)
     options = {"launch_pdl": True} if overlap else {}
-    rows, columns, warps = _shape(entries)
+    rows, columns, warps = _shape(entries, size)
     _launch_in(
         (-(-entries // rows), batch, 1),
         (
@@ -236,7 +236,7 @@ def layer_step(
         num_warps=4,
         **options,
     )
-    rows, columns, warps = _shape(out_weight.shape[0])
+    rows, columns, warps = _shape(out_weight.shape[0], inner)
     scale = 1.0 if residual_scale is None else float(residual_scale)
     _launch_out(
         (-(-out_weight.shape[0] // rows), batch, 1),
@@ -253,9 +253,11 @@ def _flat(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _shape(rows: int) -> tuple[int, int, int]:
+def _shape(rows: int, width: int) -> tuple[int, int, int]:
     """Rows and columns of a weight that a block takes at a time, and its warps."""
-    return (8 if rows > 4096 else 4), 512, 4
+    if rows > 4096:
+        return 8, 512, 4
+    return 2, 1024 if width % 1024 == 0 else 512, 4
 
 
 def _power_of_2(number: int) -> int:

@@ -222,7 +222,8 @@ _launch_up = Launcher(_up_kernel)
 _launch_experts = Launcher(_experts_kernel)
 _launch_down = Launcher(_down_kernel)
 
-_ROWS = 4
+_ROWS = 8
+"""Rows of a weight that a block takes. Fewer leave more blocks, each of which chooses the experts for itself."""
 _WARPS = 4
 
 
