@@ -29,14 +29,15 @@ ONE_GROUP = {
 }
 
 
-def one_group(name: str) -> nn.Module:
+def one_group(name: str, **more: Any) -> nn.Module:
     family, changes = ONE_GROUP[name]
-    return build(family, **changes)
+    return build(family, **changes, **more)
 
 
-@pytest.fixture(params=["block", "mixer"])
-def scope(request: pytest.FixtureRequest) -> str:
-    return request.param
+def small(name: str) -> nn.Module:
+    """Two layers: the interpreter takes its time."""
+    more = {} if name == "mamba2" else {"layer_types": ["mamba", "attention"]}
+    return one_group(name, num_hidden_layers=2, **more).to(DEVICE)
 
 
 @pytest.fixture
@@ -81,7 +82,9 @@ def decode(model: nn.Module, runs: Any = run, steps: int = 3) -> tuple[list[torc
     return found, cache
 
 
-@pytest.mark.parametrize("name", list(ONE_GROUP))
+@pytest.mark.parametrize(
+    ("name", "scope"), [("mamba2", "block"), ("dense", "block"), ("experts", "block"), ("mamba2", "mixer")]
+)
 def test_decode(name: str, scope: str, taken: list[Any], fed: list[Any]) -> None:
     model = one_group(name)  # the original on the CPU: kernels that it finds on a GPU know no float64
     fast = copy.deepcopy(model).to(DEVICE)
@@ -108,12 +111,12 @@ def test_what_takes_the_ordinary_way(taken: list[Any]) -> None:
         pass
 
     def patched() -> nn.Module:
-        model = one_group("mamba2").to(DEVICE)
+        model = small("mamba2")
         fastmamba.patch(model, backend="triton", cuda_graphs="off")
         return model
 
     expected, _ = decode(patched(), steps=1)
-    assert len(taken) == 3
+    assert len(taken) == 2
     for change in ("hook", "class", "mixer hook", "backend"):
         taken.clear()
         model = patched()
@@ -129,7 +132,7 @@ def test_what_takes_the_ordinary_way(taken: list[Any]) -> None:
             fastmamba.patch(model, backend="torch", cuda_graphs="off")
         actual, _ = decode(model, steps=1)
         # A hook on the mixer has the mixer called, which may still run in one piece.
-        assert len(taken) == {"backend": 0, "mixer hook": 3}.get(change, 2)
+        assert len(taken) == {"backend": 0, "mixer hook": 2}.get(change, 1)
         assert len(seen) == (2 if "hook" in change else 0)
         for a, b in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -148,12 +151,12 @@ def test_when_the_perceptron_takes_the_ordinary_way(fed: list[Any]) -> None:
         pass
 
     def patched() -> nn.Module:
-        model = one_group("experts").to(DEVICE)
+        model = small("experts")
         fastmamba.patch(model, backend="triton", cuda_graphs="off")
         return model
 
     expected, _ = decode(patched(), steps=1)
-    assert len(fed) == 3
+    assert len(fed) == 2
     layer = patched().model.layers[0]
     changes = {
         "hook": lambda layer: layer.block_sparse_moe.router.register_forward_hook(lambda *args: seen.append(None)),
@@ -178,7 +181,7 @@ def test_when_the_perceptron_takes_the_ordinary_way(fed: list[Any]) -> None:
         layer = model.model.layers[0]
         change(layer)
         actual, _ = decode(model, steps=1)
-        assert len(fed) == 2, name
+        assert len(fed) == 1, name
         assert len(seen) == (2 if "hook" in name else 0)
         for a, b in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -198,7 +201,7 @@ def test_when_the_perceptron_takes_the_ordinary_way(fed: list[Any]) -> None:
 
 def test_router_logits_are_collected(fed: list[Any]) -> None:
     """A call that asks for them gets those of every layer, and the one after it takes the short way."""
-    model = one_group("experts").to(DEVICE)
+    model = small("experts")
     fastmamba.patch(model, backend="triton", cuda_graphs="off")
     _, cache = run(model, tokens(1, 2).to(DEVICE))
     ids = tokens(1, 1).to(DEVICE)
@@ -206,4 +209,4 @@ def test_router_logits_are_collected(fed: list[Any]) -> None:
         output = model(ids, past_key_values=cache, use_cache=True, output_router_logits=True)
     if getattr(output, "router_logits", None) is None:
         pytest.skip(f"transformers {transformers.__version__} collects no router logits of this model")
-    assert len(output.router_logits) == 3
+    assert len(output.router_logits) == 2
