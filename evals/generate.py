@@ -42,8 +42,6 @@ class Settings:
     """In the first case every side generates `new_tokens`."""
     most_original: int | None = None
     """Tokens of a batch of prompts past which the original is not run; None for no end."""
-    untuned_peers: bool = False
-    """mamba_ssm's prefill kernels take the first configuration of each, instead of searching for minutes."""
     repeats: int = 1
     seed: int = 0
     sides: tuple[str, ...] = SIDES
@@ -75,12 +73,6 @@ class Measurement:
         self.model: Any = prefill.load(
             name, prefill.Settings(settings.device, settings.dtype, settings.layers, seed=settings.seed)
         )
-        if settings.untuned_peers:
-            from evals.ssd_contenders import autotuners, five_kernels
-
-            five_kernels()
-            for tuner in autotuners():
-                tuner.configs = tuner.configs[:1]
 
     def facts(self) -> dict[str, Any]:
         """The model, and the machine's copy bandwidth (bytes read and written a second)."""

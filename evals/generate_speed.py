@@ -35,7 +35,6 @@ def main(argv: list[str] | None = None) -> int:
         slow_tokens=options.slow_tokens,
         end_to_end=options.end_to_end,
         most_original=options.most_original,
-        untuned_peers=options.untuned_peers,
         repeats=options.repeats,
         seed=options.seed,
         sides=tuple(side for side in generate.SIDES if side in options.sides),
@@ -114,11 +113,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         type=positive,
         metavar="TOKENS",
         help="past so many tokens of prompts, leave the original out",
-    )
-    parser.add_argument(
-        "--untuned-peers",
-        action="store_true",
-        help="mamba_ssm's prefill kernels run in their first configuration, not in the fastest of a search",
     )
     parser.add_argument("--sides", default=",".join(generate.SIDES), help="(default: %(default)s)")
     parser.add_argument("--layers", type=positive, help="keep this many layers")

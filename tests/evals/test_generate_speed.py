@@ -28,7 +28,7 @@ def test_run(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_short_runs_of_the_original(tmp_path: pathlib.Path) -> None:
     """It generates all tokens in the first case alone, and long prompts are not its affair."""
     arguments = "--model mamba2-130m --layers 2 --tokens 8,16,32 --new-tokens 4 --slow-tokens 2 --device cpu"
-    options = "--dtype float32 --end-to-end --most-original 16 --untuned-peers --sides graphs,original"
+    options = "--dtype float32 --end-to-end --most-original 16 --sides graphs,original"
     assert generate_speed.main([*arguments.split(), *options.split(), "--output", str(tmp_path)]) == 0
     first, second, third = json.loads((tmp_path / "generate_speed.json").read_text())["models"][0]["rows"]
     assert [row["original"].get("new_tokens") for row in (first, second, third)] == [4, 2, None]

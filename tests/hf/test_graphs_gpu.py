@@ -98,9 +98,8 @@ def test_failed_recording(monkeypatch: pytest.MonkeyPatch) -> None:
     """A synchronisation inside a capture: reported, and the device and the cache are unharmed."""
     eager, fast = pair("mamba2")
     expected = eager.generate(ids(1), **OPTIONS)
-    norm = fast.backbone.norm_f
-    own = type(norm).forward
-    monkeypatch.setattr(type(norm), "forward", lambda self, x: own(self, x) * (1 if x.sum().item() < 1e30 else 2))
+    own = nn.Embedding.forward
+    monkeypatch.setattr(nn.Embedding, "forward", lambda self, x: own(self, x) * (1 if x.sum().item() >= 0 else 2))
     assert torch.equal(fast.generate(ids(1), **OPTIONS), expected)
     (reason,) = graphs(fast).eager_calls
     assert reason.startswith("recording failed")
