@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastmamba.configs import ssd_config
 from fastmamba.kernels import ssd_portable
+from fastmamba.kernels._launch import unit_stride
 
 
 def ssd(
@@ -37,6 +38,9 @@ def ssd(
     """
     batch, tokens, heads, head_dim = x.shape
     groups, width = B.shape[2:]
+    if x.dtype != torch.float32:
+        # What F.conv1d leaves is channel-major. A copy is dear, but dearer are a copy and the slower kernel.
+        x, B, C = unit_stride(x), unit_stride(B), unit_stride(C)
     config = ssd_config(
         x.device,
         x.dtype,
