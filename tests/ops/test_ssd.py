@@ -77,6 +77,7 @@ def test_tiles_by_tensor_descriptors(
     with configs.override("portable"):
         check(ssd_case(2, 333, 4, 32, 2, 16, dtype=dtype, device=device, initial=True, chunk_size=16), backend)
     assert len(described) == 4
+    assert ssd_portable._launch._described  # or the launcher would take them for tensors, on a GPU
 
 
 def test_dt_may_be_negative_where_its_limits_say_so(backend: str, device: torch.device) -> None:
