@@ -65,6 +65,7 @@ def plot(models: list[dict[str, Any]], caption: str, path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator
 
     figure, axes = plt.subplots(2, len(models), figsize=(5.2 * len(models), 7), squeeze=False)
     for (pace, throughput), model in zip(axes.T, models, strict=True):
@@ -86,6 +87,8 @@ def plot(models: list[dict[str, Any]], caption: str, path: Path) -> None:
             axis.set(xscale="log", yscale="log")
             axis.set_xticks(ticks, [f"{t // 1024}K" if t % 1024 == 0 else str(t) for t in ticks])
             axis.minorticks_off()
+            axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
             axis.grid(alpha=0.3)
         pace.set(title=model["name"], xlabel="prompt, tokens (batch 1)", ylabel="ms a token")
         throughput.set(xlabel=f"batch ({shortest:,} prompt tokens)", ylabel="tokens a second")
