@@ -133,9 +133,9 @@ def ssd_config(
 ) -> SsdConfig:
     """How to launch the SSD on a shape: by the device's table, else by a heuristic; `chunk_size` bounds the chunk.
 
-    `regular` says that x, B, C and z are laid out as the Hopper variant needs them. Two look-ups in all: one of
-    `override`, one of what was chosen before. A launcher that keeps launches of its own has to keep them by the
-    configuration.
+    `regular` says that x, B, C and z are laid out, and dt is bounded, as the Hopper variant needs it. Two look-ups in
+    all: one of `override`, one of what was chosen before. A launcher that keeps launches of its own has to keep them by
+    the configuration.
 
     Raises:
         ValueError: where `override` names a variant that the device does not have or that does not cover the shape.

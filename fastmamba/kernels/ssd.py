@@ -51,7 +51,8 @@ def ssd(
         width,
         chunk_size,
         groups=groups,
-        regular=_regular(x, B, C) and (z is None or _regular(z)),
+        # the Hopper variant takes the logarithm of dt, which dt_min keeps from being negative
+        regular=dt_min >= 0 and _regular(x, B, C) and (z is None or _regular(z)),
     )
     launch = ssd_portable.ssd
     if config.variant == "hopper":
