@@ -66,6 +66,11 @@ def _plain(norm: Any, device: torch.device) -> bool:
     return getattr(forward, "__code__", None) is _NORM and norm.weight.device == device
 
 
+def _one_token(hidden_states: Tensor) -> bool:
+    """Whether the step of a whole layer may serve; not in torch.compile, which cannot trace how it finds its plan."""
+    return hidden_states.shape[1] == 1 and not torch.compiler.is_compiling()
+
+
 def _first_norm(norm: Any, hidden_states: Tensor, dtype: torch.dtype | None, backend: str) -> Tensor:
     """The norm that a layer starts with. Its own forward has been bound too, by the same `patch`."""
     if not _plain(norm, hidden_states.device):
@@ -80,14 +85,14 @@ def _finish(
     layer: Any, x: Tensor, residual: Tensor, factor: float, sum_dtype: torch.dtype | None, backend: str
 ) -> Tensor:
     """The residual add that a layer ends with, together with the norm that follows where that is known."""
-    guess = following.get(layer)
+    # torch.compile would guard on a weak dictionary entry by entry, and fail when one dies meanwhile.
+    guess = None if torch.compiler.is_compiling() else following.get(layer)
     norm: Any = None if guess is None else guess[0]()
     if (
         guess is None
         or norm is None
         or type(x) is not Tensor
         or torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
         or x.device != residual.device
         or not _plain(norm, x.device)
     ):
@@ -165,7 +170,7 @@ def mamba2_block_forward(backend: str) -> Callable[..., Tensor]:
                 self, reason, hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs
             )
         sum_dtype = torch.float32 if self.residual_in_fp32 else None
-        if hidden_states.shape[1] == 1 and _plain(norm, hidden_states.device):
+        if _one_token(hidden_states) and _plain(norm, hidden_states.device):
             total = step(self.mixer, norm, hidden_states, cache_params, attention_mask, 1.0, sum_dtype)
             if total is not None:
                 return total
@@ -197,7 +202,7 @@ def granite_layer_forward(backend: str) -> Callable[..., Tensor]:
                 self, reason, hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
             )
         factor = self.residual_multiplier
-        one = hidden_states.shape[1] == 1
+        one = _one_token(hidden_states)
         after = self.post_attention_layernorm
         feeds = one and _plain(after, hidden_states.device) and can_feed(self, hidden_states, backend)
         total = None
