@@ -49,7 +49,7 @@ def step(
     plan = plan_of(mixer)
     if plan is None or mixer._forward_hooks or mixer._forward_pre_hooks or "_hf_hook" in mixer.conv1d.__dict__:
         return None
-    plain_norm = norm_is_plain(mixer, plan) and "_hf_hook" not in mixer.norm.__dict__
+    plain_norm = norm_is_plain(mixer.norm, plan) and "_hf_hook" not in mixer.norm.__dict__
     if not layer_is_plain(mixer, plan, hidden_states.shape[0], plain_norm):
         return None
     layer = cache_layer(cache, mixer.layer_idx)
