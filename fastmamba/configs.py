@@ -52,6 +52,7 @@ class _Limits:
     """Whether it copies tiles that tensor descriptors tell of (NVIDIA's since Hopper)."""
 
 
+@functools.cache
 def copy_engine(device: torch.device) -> bool:
     """Whether the device copies tiles by tensor descriptors; elsewhere Triton turns them into plain loads."""
     return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -12,7 +12,7 @@ walks it in chunks of 64 tokens. Its warps have roles, tied together by a ring o
 Everything is transposed (channels are the rows) so that the state and x are register operands of the products and
 never go through shared memory. Where batch x heads does not fill the GPU, the sequence is split into segments, and
 the walkers first sum up what their segment adds to the state, hand it on, and then walk it again for the output, as in
-`fastmamba.kernels.ssd`.
+`fastmamba.kernels.ssd_portable`.
 """
 
 from __future__ import annotations
