@@ -28,10 +28,11 @@ def ssd(
     state_dtype: torch.dtype,
     relaxed: bool,
     log_A: bool,
+    y_scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Launch the fused SSD; arguments as `fastmamba.ops.ssd`, already checked.
 
-    With `log_A`, A holds log(-A), as models store it.
+    With `log_A`, A holds log(-A), as models store it. y is multiplied by `y_scale` before it is rounded.
 
     Returns:
         y, and the final states or an empty tensor.
@@ -51,16 +52,15 @@ def ssd(
         width,
         chunk_size,
         groups=groups,
-        # the Hopper variant takes the logarithm of dt, which dt_min keeps from being negative
-        regular=dt_min >= 0 and _regular(x, B, C) and (z is None or _regular(z)),
+        # the Hopper variant takes the logarithm of dt, which dt_min keeps from being negative, and does not scale y yet
+        regular=dt_min >= 0 and y_scale == 1.0 and _regular(x, B, C) and (z is None or _regular(z)),
     )
-    launch = ssd_portable.ssd
+    rest = (z, dt_bias, initial_states, dt_softplus, dt_min, dt_max, return_final_states, state_dtype, relaxed, log_A)
     if config.variant == "hopper":
         from fastmamba.kernels import ssd_hopper  # not every Triton has what it needs
 
-        launch = ssd_hopper.ssd
-    rest = (z, dt_bias, initial_states, dt_softplus, dt_min, dt_max, return_final_states, state_dtype, relaxed, log_A)
-    return launch(config, x, dt, A, B, C, D, *rest)
+        return ssd_hopper.ssd(config, x, dt, A, B, C, D, *rest)
+    return ssd_portable.ssd(config, x, dt, A, B, C, D, *rest, y_scale)
 
 
 def _regular(*activations: Tensor) -> bool:

@@ -116,6 +116,7 @@ def _ssd_kernel(
     DESCRIBED: tl.constexpr,
     STAGES: tl.constexpr,
     LOG_A: tl.constexpr,
+    Y_SCALE: tl.constexpr,
 ):
     dtype: tl.constexpr = x.dtype if DESCRIBED else x.dtype.element_ty
     COMPENSATED: tl.constexpr = dtype == tl.float32
@@ -272,7 +273,7 @@ def _ssd_kernel(
             yT *= z * tl.sigmoid(z)
         # last, so that it may go on while the next chunk begins
         state = dot(_weigh(xT, weight), Bc, PRECISION) + state * exp2(last, last_low, COMPENSATED)
-        out = tl.trans(yT.to(dtype))
+        out = tl.trans((yT * Y_SCALE).to(dtype))
         if DESCRIBED:
             y.store([b, t, h * P + part * BP], out.reshape(1, Q, BP))
         else:
@@ -334,6 +335,7 @@ def ssd(
     state_dtype: torch.dtype,
     relaxed: bool,
     log_A: bool,
+    y_scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Launch the portable kernel as `config` says; arguments as `fastmamba.kernels.ssd.ssd`."""
     batch, tokens, heads, head_dim = x.shape
@@ -408,6 +410,7 @@ def ssd(
         described,
         config.stages,
         log_A,
+        y_scale,
     )
     _launch((walks * segments, 1, 1), tensors, numbers, constants, num_warps=config.warps, num_stages=config.stages)
     return y, final

@@ -199,6 +199,15 @@ def _check(
         )
 
 
+_Y_SCALE = {torch.float16: 2.0**-4}
+"""What the scan's output is multiplied by where it is rounded for a norm, which with eps times the square undoes it.
+
+float16 ends at 65,504, which the scan's output can pass as a sequence grows; this way it ends at a million. A power of
+two changes no digit of numbers from 1e-3 on. Smaller ones, subnormal then, keep the absolute accuracy of those: enough
+for the norm, whose eps (of 1e-6, which is 1e-3 squared, or more) takes over in rows that small.
+"""
+
+
 def _run(
     projected: Tensor,
     conv_weight: Tensor,
@@ -230,6 +239,7 @@ def _run(
     conv_out = run_conv(conv_in, conv_weight, conv_bias, initial_conv, mask, final_conv, activation, backend)
     both = (channels - inner) // 2
     x, B, C = conv_out.split_with_sizes((inner, both, both), -1)
+    y_scale = _Y_SCALE.get(projected.dtype, 1.0) if norm_weight is not None else 1.0
     y, final_states = run_ssd(
         x.view(batch, tokens, heads, -1),
         dt,
@@ -249,11 +259,12 @@ def _run(
         state_dtype,
         backend,
         True,
+        y_scale,
     )
     del conv_out, x, B, C  # what the norm does not need is memory that it can have
     y = y.view(batch, tokens, inner)
     if norm_weight is not None:
-        y = run_norm(y, norm_weight, z, eps, group_size or inner, gate == "after", backend, True)
+        y = run_norm(y, norm_weight, z, eps * y_scale**2, group_size or inner, gate == "after", backend, True)
     return y, final_states
 
 

@@ -194,15 +194,17 @@ def run(
     state_dtype: torch.dtype,
     backend: str,
     log_A: bool,
+    y_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Run it, checked. With `log_A`, A holds log(-A), as models store it."""
+    """Run it, checked. With `log_A`, A holds log(-A), as models store it. y is rounded times `y_scale`."""
     if backend == "triton":
         arguments = (x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_min, dt_max)
-        return _kernel()(*arguments, return_final_states, chunk_size, state_dtype, precision == "relaxed", log_A)
+        rest = (return_final_states, chunk_size, state_dtype, precision == "relaxed", log_A, y_scale)
+        return _kernel()(*arguments, *rest)
     if log_A:
         A = -torch.exp(A.to(torch.promote_types(A.dtype, torch.float32)))
     arguments = (x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_min, dt_max)
-    y, final_states = reference_ssd(*arguments, chunk_size)
+    y, final_states = reference_ssd(*arguments, chunk_size, y_scale)
     return y, final_states if return_final_states else final_states.new_empty(0)
 
 

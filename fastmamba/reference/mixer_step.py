@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ._common import compute_dtype_of
 from .causal_conv1d import causal_conv1d_update
 from .gated_rms_norm import gated_rms_norm
 from .ssd_step import ssd_step
@@ -48,8 +49,10 @@ def mixer_step(
     x, B, C = x.view(batch, heads, head_dim), B.view(batch, groups, width), C.view(batch, groups, width)
     A = -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
     gated = gate != "none" and norm_weight is None
-    y = ssd_step(state, x, dt, A, B, C, D, z.view(batch, heads, head_dim) if gated else None, dt_bias, True)
+    z_ = z.view(batch, heads, head_dim) if gated else None
+    wide = None if norm_weight is None else compute_dtype_of(x, state)  # float16 may not hold what the norm takes
+    y = ssd_step(state, x, dt, A, B, C, D, z_, dt_bias, True, wide)
     y = y.view(batch, 1, inner)
     if norm_weight is not None:
         y = gated_rms_norm(y, norm_weight, z[:, None], eps, group_size, gate == "after")
-    return y.view(batch, inner)
+    return y.view(batch, inner).to(projected.dtype)

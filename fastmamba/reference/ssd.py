@@ -43,6 +43,7 @@ def ssd(
     dt_min: float,
     dt_max: float,
     chunk_size: int | None = None,
+    y_scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The scan, in chunks of ``chunk_size`` tokens (None: 64). Differentiable.
 
@@ -55,6 +56,7 @@ def ssd(
         z: (B, T, H, P) gate, or None.
         dt_bias: (H,) or None.
         initial_states: (B, H, P, N) or None for zeros.
+        y_scale: multiplies y before it is rounded.
 
     Returns:
         y (B, T, H, P), contiguous, in x.dtype, and the final states (B, H, P, N) in float32, which is also the dtype of
@@ -94,7 +96,7 @@ def ssd(
                 b, c = (_by_chunk(tensor[row], start, count, size, tensor.shape[2]) for tensor in (B, C))
                 decays = _decays(dt_, A, dt_bias, dt_softplus, dt_min, dt_max)
                 out, state = _tile(
-                    x_, b.squeeze(3), c.squeeze(3), D, z_, decays, state, causal[:size, :size], scratch, y_
+                    x_, b.squeeze(3), c.squeeze(3), D, z_, decays, state, causal[:size, :size], y_scale, scratch, y_
                 )
                 outputs.append(out)
             states.append(state)
@@ -187,6 +189,7 @@ def _tile(
     decays: _Decays,
     state: torch.Tensor,
     causal: torch.Tensor,
+    y_scale: float,
     scratch: Scratch,
     out: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -236,6 +239,8 @@ def _tile(
         y = torch.addcmul(y, x, D, out=target)
     if z is not None:
         y = torch.mul(y, silu(z, dtype, scratch("gate", wide)), out=target)
+    if y_scale != 1.0:
+        y = torch.mul(y, y_scale, out=target)
     if out is None:
         return y.transpose(1, 2), state
     return out if y is out else out.copy_(y), state

@@ -21,6 +21,7 @@ def ssd_step(
     z: torch.Tensor | None,
     dt_bias: torch.Tensor | None,
     dt_softplus: bool,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """``state = exp(dt A) state + dt x B^T`` in place; ``y = (state C + D x) silu(z)``. dt is never clamped.
 
@@ -33,9 +34,10 @@ def ssd_step(
         D: (H,) or (H, P), or None.
         z: (B, H, P) or None.
         dt_bias: (H,) or None.
+        out_dtype: of y; None is x.dtype.
 
     Returns:
-        y (B, H, P) in x.dtype. Arithmetic is in float32 (float64 if x or the state is).
+        y (B, H, P). Arithmetic is in float32 (float64 if x or the state is).
     """
     dtype = compute_dtype_of(x, state)
     batch, heads, head_dim = x.shape
@@ -64,4 +66,4 @@ def ssd_step(
         y = y + (D.to(dtype) if D.dim() == 2 else D.to(dtype)[:, None]) * x_
     if z is not None:
         y = y * F.silu(z.to(dtype))
-    return y.to(x.dtype)
+    return y.to(out_dtype or x.dtype)

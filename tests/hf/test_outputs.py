@@ -55,6 +55,27 @@ def test_prefill(model, scope, length):
     assert_no_fallback(fast)
 
 
+@pytest.mark.parametrize("scope", ["block", "mixer"])
+@pytest.mark.parametrize("pieces", [None, 16])
+def test_scan_output_beyond_float16(mamba2, scope, pieces):
+    """The norm takes what float16 could not hold, over a sequence and in a one-token step."""
+    model = mamba2.half()
+    for mixer in mixers(model):
+        mixer.D.data *= 1e4
+        mixer.conv1d.weight.data *= 8
+    fast = copy.deepcopy(model)
+    fastmamba.patch(fast, scope=scope, prefill_chunk_tokens=pieces)
+    ids, cache, exact_cache = tokens(2, 41), None, None
+    for part in ids.split(40, dim=1):
+        exact, exact_cache = run_exact(model, part, exact_cache)
+        actual, cache = run(fast, part, cache)
+        assert_golden(actual.half(), exact.half(), exact, limit=1e-3)
+    assert_no_fallback(fast)
+    scanned = copy.deepcopy(model)
+    fastmamba.patch(scanned, scope="ssd")
+    assert not run(scanned, ids)[0].isfinite().all()  # transformers' norm is given what was rounded
+
+
 @pytest.mark.parametrize("length", [32, 50])
 def test_tiles(model, length, monkeypatch):
     """The PyTorch backend takes long calls in tiles: a prefill, then padded chunks that continue it."""

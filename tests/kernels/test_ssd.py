@@ -28,9 +28,8 @@ def regular(monkeypatch: pytest.MonkeyPatch, x: Tensor, B: Tensor, dt_min: float
     monkeypatch.setattr(dispatch, "ssd_config", choose)
     dt, A = torch.ones(x.shape[:3]), torch.ones(x.shape[2])
     with pytest.raises(Chosen):
-        dispatch.ssd(
-            x, dt, A, B, B, None, None, None, None, True, dt_min, math.inf, False, None, torch.float32, False, False
-        )
+        rest: Any = (None, None, None, None, True, dt_min, math.inf, False, None, torch.float32, False, False, 1.0)
+        dispatch.ssd(x, dt, A, B, B, *rest)
     return told["regular"]
 
 

@@ -142,6 +142,35 @@ def test_options(options: dict[str, Any], backend: str, device: torch.device) ->
     check(make(**options, device=device), backend)
 
 
+@pytest.mark.parametrize("gate", ["before", "after"])
+def test_scan_output_beyond_float16(gate: str, backend: str, device: torch.device) -> None:
+    """The norm takes what float16 could not hold."""
+    case = make(dtype=torch.float16, device=device, initial=True, gate=gate)
+    case.options["initial_states"] *= 1e4
+    case.weights["conv_weight"][96:] *= 4  # C
+    case.weights["norm_weight"] = None
+    largest = Case(case.projected, case.weights, case.head_dim, {**case.options, "gate": "none"}).plain(torch.float64)[
+        0
+    ]
+    assert largest.abs().amax() > 2 * torch.finfo(torch.float16).max
+    case.weights["norm_weight"] = torch.linspace(0.5, 2, 64, device=device)
+    oracle, final = case.plain(torch.float64)
+    y, states = case.run(backend=backend)
+    assert_golden(y, oracle.half(), oracle)
+    assert_golden(states, case.plain(torch.float16)[1], final)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-2])
+def test_small_scan_output_in_float16(size: float, backend: str, device: torch.device) -> None:
+    """Room above costs no accuracy below, down to where the norm's eps takes over."""
+    case = make(dtype=torch.float16, device=device, initial=True)
+    case.weights["D"] *= size
+    case.options["initial_states"] *= size
+    case.weights["conv_weight"][64:96] *= size  # B
+    case.weights["conv_bias"][64:96] *= size
+    check(case, backend)
+
+
 def test_final_conv(backend: str, device: torch.device) -> None:
     """The convolution's last inputs are written where they are asked for, and to nowhere else."""
     case = make(device=device)

@@ -162,6 +162,17 @@ def test_half_precision_state(state_dtype: torch.dtype, backend: str, device: to
     assert (y.double() - exact[0]).norm() <= 4 * torch.finfo(torch.bfloat16).eps * exact[0].norm()
 
 
+@pytest.mark.parametrize("gate", ["before", "after"])
+def test_output_beyond_float16(gate: str, backend: str, device: torch.device) -> None:
+    """The norm takes what float16 could not hold."""
+    case = make(dtype=torch.float16, device=device, gate=gate)
+    case.state *= 1e5
+    oracle = case.plain(torch.float64)[0]
+    assert_golden(case.run(backend=backend)[0], oracle.half(), oracle)
+    case.norm_weight, case.gate = None, "none"
+    assert case.plain(torch.float64)[0].abs().amax() > 2 * torch.finfo(torch.float16).max
+
+
 def test_strided_states(backend: str, device: torch.device) -> None:
     """Only what belongs to the states is written."""
     case = make(device=device)
