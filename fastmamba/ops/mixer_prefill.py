@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastmamba.configs import forced
 from fastmamba.ops._checks import (
     check_activation,
     check_dt_limit,
@@ -21,6 +23,7 @@ from fastmamba.ops._checks import (
 )
 from fastmamba.ops._dispatch import resolve_backend
 from fastmamba.ops._library import register
+from fastmamba.ops._repeats import Repeats
 from fastmamba.ops.causal_conv1d import run as run_conv
 from fastmamba.ops.gated_rms_norm import run as run_norm
 from fastmamba.ops.mixer_step import GATES
@@ -62,7 +65,7 @@ def mixer_prefill(
     Args:
         projected: (B, T, 2*D + 2*G*N + H), the input projection: z (D) | x (D) | B (G*N) | C (G*N) | dt (H), with
             D = H*P. float16, bfloat16 or float32 (float64 too on the torch backend). Any strides.
-        conv_weight: (D + 2*G*N, W), any floating dtype.
+        conv_weight: (D + 2*G*N, W), or as `torch.nn.Conv1d` has it (D + 2*G*N, 1, W), any floating dtype.
         conv_bias: (D + 2*G*N,).
         A_log, D, dt_bias: (H,), any floating dtype.
         groups: G, a divisor of H.
@@ -91,14 +94,21 @@ def mixer_prefill(
     weights = (conv_weight, conv_bias, A_log, D, dt_bias, norm_weight)
     states = (mask, initial_conv, final_conv, initial_states)
     options = (groups, eps, group_size, gate, activation, dt_limit, precision, state_dtype)
-    form = seen_form(_forms, (projected, *weights, *states), options)
+    tensors = (projected, *weights, *states)
+    kind = (*options, return_final_states, backend)
+    found = _repeats.again(tensors, kind)
+    if found is not None:
+        return found if return_final_states else found[0]
+    form = seen_form(_forms, tensors, options)
     if form is not True:
         _check(projected, *weights, *states, *options)
         remember_form(_forms, form)
     backend = resolve_backend(backend, projected.device)
     if backend == "triton":
         check_kernel_dtype("projected", projected)
-    execute = torch.ops.fastmamba.mixer_prefill if torch.compiler.is_compiling() else _run
+    execute: Any = torch.ops.fastmamba.mixer_prefill
+    if not torch.compiler.is_compiling():
+        execute = functools.partial(_repeats.run, tensors, kind, _run)
     if needs_grad(projected, *weights, mask, initial_conv, initial_states):
         if final_conv is not None:
             raise RuntimeError("mixer_prefill overwrites final_conv, which autograd cannot record: leave it out")
@@ -124,6 +134,7 @@ def mixer_prefill(
 
 _forms: set[Any] = set()
 """Forms of calls that passed the checks."""
+_repeats = Repeats(forced)
 
 
 def _check(
@@ -150,6 +161,8 @@ def _check(
     axes = "(B, T, 2*D + 2*G*N + H)"
     check_input("projected", projected, 3, axes)
     check_input("A_log", A_log, 1, "(H,)")
+    if isinstance(conv_weight, Tensor) and conv_weight.ndim == 3 and conv_weight.shape[1] == 1:
+        conv_weight = conv_weight.squeeze(1)
     check_input("conv_weight", conv_weight, 2, "(D + 2*G*N, W)")
     batch, tokens, row = projected.shape
     heads, device = A_log.shape[0], projected.device
@@ -232,6 +245,8 @@ def _run(
     state_dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    if conv_weight.ndim == 3:
+        conv_weight = conv_weight.squeeze(1)
     batch, tokens, row = projected.shape
     heads, channels = A_log.shape[0], conv_weight.shape[0]
     inner = row - channels - heads

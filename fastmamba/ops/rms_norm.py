@@ -19,6 +19,7 @@ from fastmamba.ops._checks import (
 )
 from fastmamba.ops._dispatch import resolve_backend
 from fastmamba.ops._library import register
+from fastmamba.ops._repeats import Repeats
 from fastmamba.reference.rms_norm import add_rms_norm as reference_add_norm
 from fastmamba.reference.rms_norm import rms_norm as reference_norm
 
@@ -46,7 +47,11 @@ def rms_norm(
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, or an empty input.
         RuntimeError: backend="triton" where it cannot run.
     """
-    form = seen_form(_forms, (x, weight), (eps, dtype))
+    tensors, kind = (x, weight), (eps, dtype, backend)
+    found = _norms.again(tensors, kind)
+    if found is not None:
+        return found
+    form = seen_form(_forms, tensors, (eps, dtype))
     if form is not True:
         _check(x, None, weight, eps, dtype)
         remember_form(_forms, form)
@@ -56,8 +61,9 @@ def rms_norm(
         check_kernel_dtype("x", x)
     if needs_grad(x, weight):
         return reference_norm(x, weight, eps, dtype)
-    run = torch.ops.fastmamba.rms_norm if torch.compiler.is_compiling() else _run
-    return run(x, weight, eps, dtype, backend)
+    if torch.compiler.is_compiling():
+        return torch.ops.fastmamba.rms_norm(x, weight, eps, dtype, backend)
+    return _norms.run(tensors, kind, _run, x, weight, eps, dtype, backend)
 
 
 def add_rms_norm(
@@ -94,7 +100,11 @@ def add_rms_norm(
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, or an empty input.
         RuntimeError: backend="triton" where it cannot run.
     """
-    form = seen_form(_forms, (x, residual, weight), (eps, dtype, sum_dtype))
+    tensors, kind = (x, residual, weight), (eps, factor, sum_dtype, dtype, backend)
+    found = _sums.again(tensors, kind)
+    if found is not None:
+        return found
+    form = seen_form(_forms, tensors, (eps, dtype, sum_dtype))
     if form is not True:
         _check(x, residual, weight, eps, dtype, sum_dtype)
         remember_form(_forms, form)
@@ -106,12 +116,14 @@ def add_rms_norm(
     arguments = (x, residual, weight, eps, float(factor), sum_dtype, dtype)
     if needs_grad(x, residual, weight):
         return reference_add_norm(*arguments)
-    run = torch.ops.fastmamba.add_rms_norm if torch.compiler.is_compiling() else _run_add
-    return run(*arguments, backend)
+    if torch.compiler.is_compiling():
+        return torch.ops.fastmamba.add_rms_norm(*arguments, backend)
+    return _sums.run(tensors, kind, _run_add, *arguments, backend)
 
 
 _forms: set[Any] = set()
 """Forms of calls that passed the checks."""
+_norms, _sums = Repeats(), Repeats()
 
 
 def _check(
