@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastmamba.modules import call_linear, child, parameter
 from fastmamba.ops import mixer_prefill, resolve_backend
 from fastmamba.step import can_step, step_forward
 
@@ -174,11 +175,11 @@ def _forward(
         hidden_states = (hidden_states * mask[:, :, None]).to(dtype)
     if plan.in_scale is not None:
         hidden_states = hidden_states * getattr(mixer, plan.in_scale)
-    projected = mixer.in_proj(hidden_states)  # [B, T, 2*D + 2*G*N + H]
+    projected = call_linear(child(mixer, "in_proj"), hidden_states)  # [B, T, 2*D + 2*G*N + H]
     if plan.projection_scale is not None:
         projected = projected * getattr(mixer, plan.projection_scale)
 
-    conv1d, norm = mixer.conv1d, mixer.norm
+    conv1d, norm = child(mixer, "conv1d"), child(mixer, "norm")
     fused = plan.gated and norm_is_plain(norm, plan)
     if fused:
         gate = "after" if plan.norm_before_gate else "before"
@@ -195,13 +196,13 @@ def _forward(
             dt_limit = NO_LIMIT
     found: Any = mixer_prefill(
         projected,
-        conv1d.weight.squeeze(1),
-        conv1d.bias,
-        mixer.A_log,
-        mixer.D,
-        mixer.dt_bias,
+        parameter(conv1d, "weight"),
+        parameter(conv1d, "bias"),
+        parameter(mixer, "A_log"),
+        parameter(mixer, "D"),
+        parameter(mixer, "dt_bias"),
         groups=mixer.n_groups,
-        norm_weight=norm.weight if fused else None,
+        norm_weight=parameter(norm, "weight") if fused else None,
         eps=norm.variance_epsilon if fused else 0.0,
         group_size=plan.norm_group_size if fused else None,
         gate=gate,
@@ -228,7 +229,7 @@ def _forward(
     if gate == "none":
         y = norm(y, projected[..., : mixer.intermediate_size])
     del found, projected
-    return mixer.out_proj(y.to(dtype))
+    return call_linear(child(mixer, "out_proj"), y if y.dtype == dtype else y.to(dtype))
 
 
 def dtype_or_float32(dtype: torch.dtype | None, activations: Tensor) -> torch.dtype:

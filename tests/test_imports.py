@@ -27,8 +27,9 @@ NOT_IMPORTED = {
 # Room -> the rooms that it may import from.
 MAY_IMPORT = {
     "__init__": {"hf"},
-    "hf": {"hf", "mixer", "step", "ops"},
-    "mixer": {"step", "ops"},
+    "hf": {"hf", "mixer", "modules", "step", "ops"},
+    "mixer": {"modules", "step", "ops"},
+    "modules": set(),
     "step": {"mixer", "ops"},  # of the mixer, types alone
     "ops": {"ops", "kernels", "reference", "configs"},
     "kernels": {"kernels", "configs"},

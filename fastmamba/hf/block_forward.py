@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastmamba.hf.block_step import can_feed, feed_forward, step
 from fastmamba.hf.handoff import leave, take
 from fastmamba.hf.report import count_original
+from fastmamba.modules import call, call_linear, child, is_watched, parameter
 from fastmamba.ops import add_rms_norm, rms_norm, silu_and_mul
 
 following: WeakKeyDictionary[nn.Module, tuple[ref[nn.Module], bool]] = WeakKeyDictionary()
@@ -34,8 +35,6 @@ PACKED = "packed sequences (seq_idx, cu_seqlens)"
 ELSEWHERE = "weight on another device, or of another kind"
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-_has_global_hook = nn.modules.module._has_any_global_hook
 
 
 def _unsupported(module: Any, hidden_states: Any) -> str | None:
@@ -60,10 +59,10 @@ def _original(module: Any, reason: str, *args: Any, **kwargs: Any) -> Any:
 
 def _plain(norm: Any, device: torch.device) -> bool:
     """Whether a norm can be fused: its forward is ours, nobody watches it, and its weight is here."""
-    if norm._forward_hooks or norm._forward_pre_hooks or "_hf_hook" in norm.__dict__ or _has_global_hook():
+    if is_watched(norm):
         return False
     forward = norm.__dict__.get("forward")
-    return getattr(forward, "__code__", None) is _NORM and norm.weight.device == device
+    return getattr(forward, "__code__", None) is _NORM and parameter(norm, "weight").device == device
 
 
 def _one_token(hidden_states: Tensor) -> bool:
@@ -77,7 +76,9 @@ def _first_norm(norm: Any, hidden_states: Tensor, dtype: torch.dtype | None, bac
         return norm(hidden_states if dtype is None else hidden_states.to(dtype))
     normed = take(hidden_states, norm)
     if normed is None:
-        normed = rms_norm(hidden_states, norm.weight, eps=norm.variance_epsilon, dtype=dtype, backend=backend)
+        normed = rms_norm(
+            hidden_states, parameter(norm, "weight"), eps=norm.variance_epsilon, dtype=dtype, backend=backend
+        )
     return normed
 
 
@@ -98,14 +99,15 @@ def _finish(
     ):
         residual = residual if sum_dtype is None else residual.to(sum_dtype)
         return residual + (x if factor == 1.0 else x * factor)
+    weight = parameter(norm, "weight")
     normed, total = add_rms_norm(
         x,
         residual,
-        norm.weight,
+        weight,
         eps=norm.variance_epsilon,
         factor=factor,
         sum_dtype=sum_dtype,
-        dtype=norm.weight.dtype if guess[1] else None,
+        dtype=weight.dtype if guess[1] else None,
         backend=backend,
     )
     leave(total, norm, normed)
@@ -117,13 +119,14 @@ def norm_forward(backend: str) -> Callable[..., Tensor]:
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         reason = _unsupported(self, hidden_states)
-        if reason is None and (self.weight.device != hidden_states.device or not self.weight.is_floating_point()):
+        weight = parameter(self, "weight")
+        if reason is None and (weight.device != hidden_states.device or not weight.is_floating_point()):
             reason = ELSEWHERE
         if reason is not None:
             return _original(self, reason, hidden_states)
         normed = take(hidden_states, self)
         if normed is None:
-            normed = rms_norm(hidden_states, self.weight, eps=self.variance_epsilon, backend=backend)
+            normed = rms_norm(hidden_states, weight, eps=self.variance_epsilon, backend=backend)
         return normed
 
     return forward
@@ -141,16 +144,15 @@ def mlp_forward(backend: str) -> Callable[..., Tensor]:
             self.training
             or torch.is_grad_enabled()
             or type(hidden_states) is not Tensor
-            or self.activation._forward_hooks
-            or self.activation._forward_pre_hooks
-            or _has_global_hook()
+            or is_watched(child(self, "activation"))
         ):
             return type(self).forward(self, hidden_states)  # nothing is lost but a pass over memory
-        projected = self.input_linear(hidden_states)
+        projected = call_linear(child(self, "input_linear"), hidden_states)
+        output_linear = child(self, "output_linear")
         if type(projected) is not Tensor or projected.ndim != 3 or 0 in projected.shape:
             gate, up = projected.chunk(2, dim=-1)
-            return self.output_linear(self.activation(gate) * up)
-        return self.output_linear(silu_and_mul(projected, backend=backend))
+            return output_linear(self.activation(gate) * up)
+        return call_linear(output_linear, silu_and_mul(projected, backend=backend))
 
     return forward
 
@@ -161,7 +163,7 @@ def mamba2_block_forward(backend: str) -> Callable[..., Tensor]:
     def forward(
         self: Any, hidden_states: Tensor, cache_params: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
-        norm = self.norm
+        norm = child(self, "norm")
         reason = _unsupported(self, hidden_states)
         if reason is None and kwargs and (kwargs.get("seq_idx") is not None or kwargs.get("cu_seqlens") is not None):
             reason = PACKED  # some versions hand these on to the mixer, some do not
@@ -174,8 +176,8 @@ def mamba2_block_forward(backend: str) -> Callable[..., Tensor]:
             total = step(self.mixer, norm, hidden_states, cache_params, attention_mask, 1.0, sum_dtype)
             if total is not None:
                 return total
-        normed = _first_norm(norm, hidden_states, norm.weight.dtype, backend)
-        x = self.mixer(normed, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
+        normed = _first_norm(norm, hidden_states, parameter(norm, "weight").dtype, backend)
+        x = call(child(self, "mixer"), normed, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
         del normed
         return _finish(self, x, hidden_states, 1.0, sum_dtype, backend)
 
@@ -194,7 +196,7 @@ def granite_layer_forward(backend: str) -> Callable[..., Tensor]:
         position_embeddings: Any = None,
         **kwargs: Any,
     ) -> Tensor:
-        norm = self.input_layernorm
+        norm = child(self, "input_layernorm")
         reason = _unsupported(self, hidden_states)
         if reason is not None:
             kwargs |= {"use_cache": use_cache, "position_embeddings": position_embeddings}
@@ -203,17 +205,18 @@ def granite_layer_forward(backend: str) -> Callable[..., Tensor]:
             )
         factor = self.residual_multiplier
         one = _one_token(hidden_states)
-        after = self.post_attention_layernorm
+        after = child(self, "post_attention_layernorm")
+        mamba = self._modules.get("mamba")
         feeds = one and _plain(after, hidden_states.device) and can_feed(self, hidden_states, backend)
         total = None
-        if self.mamba is not None and one and _plain(norm, hidden_states.device):
-            total = step(self.mamba, norm, hidden_states, past_key_values, attention_mask, factor, None)
+        if mamba is not None and one and _plain(norm, hidden_states.device):
+            total = step(mamba, norm, hidden_states, past_key_values, attention_mask, factor, None)
         x = None
         if total is None:
             normed = _first_norm(norm, hidden_states, None, backend)
-            if self.mamba is not None:
-                x = self.mamba(
-                    hidden_states=normed, cache_params=past_key_values, attention_mask=attention_mask, **kwargs
+            if mamba is not None:
+                x = call(
+                    mamba, hidden_states=normed, cache_params=past_key_values, attention_mask=attention_mask, **kwargs
                 )
             else:
                 x, _ = self.self_attn(
@@ -231,7 +234,7 @@ def granite_layer_forward(backend: str) -> Callable[..., Tensor]:
             hidden_states, normed = total, after(total)
         elif type(x) is Tensor and x.device == hidden_states.device and _plain(after, x.device):
             normed, hidden_states = add_rms_norm(
-                x, hidden_states, after.weight, eps=after.variance_epsilon, factor=factor, backend=backend
+                x, hidden_states, parameter(after, "weight"), eps=after.variance_epsilon, factor=factor, backend=backend
             )
         else:
             hidden_states = hidden_states + x * factor
@@ -240,7 +243,7 @@ def granite_layer_forward(backend: str) -> Callable[..., Tensor]:
         if self.has_experts:
             x = self.block_sparse_moe(normed) + self.shared_mlp(normed)
         else:
-            x = self.shared_mlp(normed)
+            x = call(child(self, "shared_mlp"), normed)
         del normed
         return _finish(self, x, hidden_states, factor, None, backend)
 

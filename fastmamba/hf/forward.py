@@ -15,6 +15,7 @@ from fastmamba.hf.compat import CacheState, cache_layer
 from fastmamba.hf.recording import state_for
 from fastmamba.hf.report import count_original, warn_once
 from fastmamba.mixer import MixerPlan, dtype_or_float32, mixer_forward, norm_is_plain
+from fastmamba.modules import child, parameter
 from fastmamba.ops import ssd
 
 GRADIENTS = "gradients are needed"
@@ -61,9 +62,10 @@ def mixer_scope(plan: MixerPlan) -> Callable[..., Tensor]:
         if reason is not None:
             return _original(self, reason, hidden_states, cache_params, attention_mask, kwargs)
         state = state_for(self, state)
-        hooked = [self.conv1d] if "_hf_hook" in self.conv1d.__dict__ else []
-        if plan.gated and "_hf_hook" in self.norm.__dict__ and norm_is_plain(self.norm, plan):
-            hooked.append(self.norm)
+        conv1d, norm = child(self, "conv1d"), child(self, "norm")
+        hooked = [conv1d] if "_hf_hook" in conv1d.__dict__ else []
+        if plan.gated and "_hf_hook" in norm.__dict__ and norm_is_plain(norm, plan):
+            hooked.append(norm)
         if not hooked:
             return mixer_forward(self, plan, hidden_states, state, attention_mask)
         return _with_weights(hooked, mixer_forward, self, plan, hidden_states, state, attention_mask)
@@ -110,9 +112,9 @@ def _unsupported(mixer: Any, hidden_states: Tensor, mask: Tensor | None, kwargs:
         return TENSOR
     if torch.is_grad_enabled() and (hidden_states.requires_grad or any(p.requires_grad for p in mixer.parameters())):
         return GRADIENTS
-    if hidden_states.is_meta or mixer.A_log.is_meta:
+    if hidden_states.is_meta or parameter(mixer, "A_log").is_meta:
         return META
-    if not (hidden_states.is_floating_point() and mixer.conv1d.weight.is_floating_point()):
+    if not (hidden_states.is_floating_point() and parameter(child(mixer, "conv1d"), "weight").is_floating_point()):
         return WEIGHTS
     if hidden_states.dtype is torch.float64 and not hidden_states.is_cpu:
         return DTYPE
