@@ -5,6 +5,7 @@ Without one, Triton kernels run in Triton's interpreter: it has to be chosen bef
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import pytest
@@ -33,3 +34,11 @@ def backend(request: pytest.FixtureRequest) -> str:
 def device(backend: str) -> torch.device:
     """Where `backend` runs."""
     return torch.device("cuda" if backend == "triton" and torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter, which takes 50 ms a block, few blocks of many rows for the products of a one-token step."""
+    if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
+        monkeypatch.setattr("fastmamba.kernels.layer_step._shape", lambda rows, width: (32, 512, 4))
+        monkeypatch.setattr("fastmamba.kernels.mlp_step._ROWS", 32)

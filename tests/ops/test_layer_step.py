@@ -95,6 +95,7 @@ def check(case: Case, backend: str) -> None:
         assert_golden(actual, plain, oracle)
 
 
+@pytest.mark.usefixtures("few_blocks")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     "shape",
@@ -110,6 +111,12 @@ def test_steps_equal_the_sequence(shape: Any, dtype: torch.dtype, backend: str, 
     check(make(*shape, dtype=dtype, device=device), backend)
 
 
+def test_blocks_of_few_rows(backend: str, device: torch.device) -> None:
+    """As a GPU has them."""
+    check(make(24, 1, 2, 8, 2, 16, device=device), backend)
+
+
+@pytest.mark.usefixtures("few_blocks")
 @pytest.mark.parametrize(
     "options",
     [
@@ -167,6 +174,7 @@ def test_addresses_and_overlap(dtype: torch.dtype) -> None:
         assert torch.equal(y, z) and torch.equal(state, expected_state) and torch.equal(conv_state, expected_conv)
 
 
+@pytest.mark.usefixtures("few_blocks")
 def test_the_registered_op(backend: str, device: torch.device) -> None:
     case = make(24, 1, 2, 8, 2, 16, device=device)
     named = case.arguments()
