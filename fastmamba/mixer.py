@@ -186,7 +186,9 @@ def _forward(
     else:
         gate = "none" if plan.gated else "before"
     conv = ssm = new_conv = None
-    dt_limit = mixer.time_step_limit
+    dt_limit: Any = mixer.time_step_limit
+    if type(dt_limit) is list:  # as a config from a file has it; calls that came before are found by a hash
+        dt_limit = tuple(dt_limit)
     if state is not None:
         conv, ssm = state.conv, state.ssm
         new_conv = state.new_conv(projected, mixer.conv_dim)

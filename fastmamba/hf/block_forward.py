@@ -241,7 +241,7 @@ def granite_layer_forward(backend: str) -> Callable[..., Tensor]:
             normed = after(hidden_states)
         del x
         if self.has_experts:
-            x = self.block_sparse_moe(normed) + self.shared_mlp(normed)
+            x = self.block_sparse_moe(normed) + call(child(self, "shared_mlp"), normed)
         else:
             x = call(child(self, "shared_mlp"), normed)
         del normed

@@ -201,7 +201,7 @@ def _scan(backend: str, precision: str, state_dtype: torch.dtype | None) -> Call
             dt_bias,
             initial_states,
             dt_softplus=dt_softplus,
-            dt_limit=dt_limit,
+            dt_limit=tuple(dt_limit),
             return_final_states=return_final_states,
             precision=precision,
             state_dtype=dtype_or_float32(state_dtype, hidden_states),

@@ -223,8 +223,11 @@ class Prepared:
     def __call__(self, tensors: tuple[Tensor | None, ...]) -> Any:
         """Repeat the call with these tensors, of the form of those before; None where it has to take the long way."""
         index = self._index
+        if self._current() != index:
+            with torch.cuda.device(index):
+                return self(tensors)
         addresses = [tensor.data_ptr() for tensor in tensors if tensor is not None]
-        if self._current() != index or hooked() or [address & 15 for address in addresses] != self._residues:
+        if hooked() or [address & 15 for address in addresses] != self._residues:
             return None
         values: list[Any] = [None, 0, *addresses]
         outputs: list[Any] = []

@@ -491,6 +491,21 @@ def test_precision_and_state_dtype_reach_the_scan(scope, monkeypatch):
     assert set(seen) == {("exact", torch.float32)}
 
 
+@pytest.mark.parametrize("scope", ["block", "ssd"])
+def test_limits_from_a_file_are_hashed(scope, monkeypatch):
+    """A config from a file has a list; an op looks its earlier calls up by what it was given."""
+    seen = []
+    for module, name in (("fastmamba.mixer", "mixer_prefill"), ("fastmamba.hf.forward", "ssd")):
+        own = getattr(sys.modules[module], name)
+        watched = lambda *a, own=own, **options: (seen.append(options["dt_limit"]), own(*a, **options))[1]  # noqa: E731
+        monkeypatch.setattr(sys.modules[module], name, watched)
+    model = build("mamba2", time_step_limit=[0.01, 0.1])
+    fastmamba.patch(model, scope=scope)
+    with torch.no_grad():
+        model(input_ids=torch.arange(20)[None])
+    assert set(seen) == {(0.01, 0.1)}
+
+
 def test_report_names_the_kernel_of_the_scan():
     model = build("mamba2")
     report = fastmamba.patch(model, backend="triton", precision="relaxed")

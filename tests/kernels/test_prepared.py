@@ -129,10 +129,16 @@ def test_when_it_takes_the_long_way(gpu: types.SimpleNamespace, monkeypatch: pyt
     with monkeypatch.context() as patched:
         patched.setattr(triton.knobs.runtime.launch_enter_hook, "calls", [print])
         assert again((x, None)) is None
-    gpu.current = 1
-    assert again((x, None)) is None
-    gpu.current = 0
     assert again((x, None)) is not None
+
+
+def test_another_device_is_current(gpu: types.SimpleNamespace) -> None:
+    op, x = Op(), made()
+    op(x, None)
+    _, again = prepare(lambda: op(x, None), (x, None))
+    assert again is not None
+    again._current = lambda: 0 if gpu.entered else 1
+    assert again((x, None)) is not None and gpu.entered == [0]
 
 
 def test_zeros_are_those_of_the_moment(gpu: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
