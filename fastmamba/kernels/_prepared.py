@@ -35,7 +35,7 @@ _VIEWS = (
     _aten.detach.default,
 )
 
-_MOST = 1024
+_MOST = 64
 """Encoded descriptors that a prepared call remembers for each of its own."""
 
 _lock = threading.Lock()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-_MOST = 4096
+_MOST = 1024
 """Forms that an op remembers; past that it starts anew."""
 _TRIES = 4
 """Calls of a form after which it is known that it cannot be prepared."""
