@@ -5,6 +5,7 @@ The roles meet at mbarriers in shared memory, in pairs, one for each direction:
     full, empty        a stage holds a chunk of x, B, C and z; all its readers are through with it
     known, unknown     the decays of four chunks are there; nobody needs them any more
     scored, unscored   G of a chunk is there; the walkers have multiplied with it
+    ready, unready     y of a chunk is there; it is on its way to global memory
     walking            the walkers are through with the first pass (in which the scores have no part)
 """
 
@@ -137,9 +138,14 @@ def decays_role(
     SOFTPLUS: gl.constexpr,
     CLAMP: gl.constexpr,
     PAIR: gl.constexpr,
+    SPLIT: gl.constexpr,
     LOG_A: gl.constexpr,
 ):
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
+    # Blocks of one slice have warps to spare: four share the work, and the first chunk waits less.
+    if PAIR == 2:
+        layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
+    else:
+        layout: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [4, 1], [1, 0])
     rows: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     if _RENAMED:
         nums = nums.reinterpret(gl.float32, [2 * PAIR * ROWS, GROUP, Q], rows)
@@ -147,14 +153,16 @@ def decays_role(
         nums = nums._reinterpret(gl.float32, [2 * PAIR * ROWS, GROUP, Q], rows)
     chunk = gl.arange(0, GROUP, gl.SliceLayout(1, layout))
     q = chunk[:, None] * Q + gl.arange(0, Q, gl.SliceLayout(0, layout))[None, :]  # [GROUP, Q]
-    A = gl.load(A_ptr + head).to(gl.float32)
-    if LOG_A:
-        A = -gl.exp(A)
-    A *= LOG2E
+    # all loads before the first use of one
+    ahead = gl.load(dt_ptr + q.to(gl.int64) * stride_dt_t, mask=q < tokens, other=0.0)
+    A = gl.load(A_ptr + head)
     bias = 0.0
     if bias_ptr is not None:
         bias = gl.load(bias_ptr + head).to(gl.float32)
-    ahead = gl.load(dt_ptr + q.to(gl.int64) * stride_dt_t, mask=q < tokens, other=0.0)
+    A = A.to(gl.float32)
+    if LOG_A:
+        A = -gl.exp(A)
+    A *= LOG2E
     buffer = 0
     phase = 0
     first_pass = (summed + GROUP - 1) // GROUP
@@ -170,13 +178,26 @@ def decays_role(
         dt = gl.where(t < tokens, dt, 0.0)  # past the end: no decay, no input
         cum = gl.associative_scan(dt * A, 1, _add)
         entry = cum - _log2(dt)
-        last = gl.sum(dt * A, axis=1)[:, None]
+        last = gl.sum(dt * A, axis=1)
+        if SPLIT:  # in the first pass the decays of later chunks of the four are part of the weights
+            rest = last
+            whole = last
+            for j in gl.static_range(GROUP):
+                later = gl.sum(gl.where(chunk == j, last, 0.0), axis=0)
+                there = i * GROUP + j < summed
+                rest += gl.where((chunk < j) & there, later, 0.0)
+                whole += gl.where((chunk != j) & there, later, 0.0)
+            left = rest[:, None] - entry
+            last = whole[:, None]
+        else:
+            last = last[:, None]
+            left = last - entry
         mbarrier.wait(unknown.index(buffer), phase ^ 1)
         row = (k * 2 + buffer) * ROWS
         nums.index(row + _CUM).store(cum)
         nums.index(row + _ENTRY).store(entry)
         nums.index(row + _SINCE).store(gl.exp2(cum))
-        nums.index(row + _LEFT).store(gl.exp2(last - entry))
+        nums.index(row + _LEFT).store(gl.exp2(left))
         nums.index(row + _TOTAL).store(gl.exp2(cum * 0.0 + last))
         mbarrier.arrive(known.index(buffer), count=1)
         buffer, phase = _advance(buffer, phase, 2)
@@ -269,28 +290,33 @@ def _fetch(k: gl.constexpr, xs, full, stage, phase, there, PAIR: gl.constexpr, l
 
 
 @gluon.jit
-def _weigh(k: gl.constexpr, xT, nums, group, c, wide: gl.constexpr):
-    """x^T times its weights in the state after the chunk, and the chunk's decay [P]."""
+def _weigh(k: gl.constexpr, xT, nums, group, c):
+    """x^T times its weights in the state after the chunk, in the first pass in that after four chunks."""
     left = _numbers(nums, k, group, c, _LEFT).load(gl.SliceLayout(0, xT.type.layout))
-    total = _numbers(nums, k, group, c, _TOTAL).load(gl.SliceLayout(1, wide))
-    return (xT.to(gl.float32) * left[None, :]).to(xT.dtype), total
+    return (xT.to(gl.float32) * left[None, :]).to(xT.dtype)
 
 
 @gluon.jit
-def _leave(y_desc, staged, y, b, t, v, own):
-    """Send y^T of a chunk on its way to global memory."""
-    tma.store_wait(0)  # of the chunk before, whose place it takes
-    staged.reshape([Q, Q]).permute([1, 0]).store(y)
-    fence_async_shared()
-    sync_threads()
-    if own:
-        tma.async_copy_shared_to_global(y_desc, [b, t, v * Q], staged)
+def store_role(y_desc, ys, ready, unready, b, first, v, second, chunks, PAIR: gl.constexpr):
+    place = 0
+    lap = 0
+    for c in range(chunks):
+        for k in gl.static_range(PAIR):
+            mbarrier.wait(ready.index(place), lap)
+            fence_async_shared()
+            if k == 0:
+                tma.async_copy_shared_to_global(y_desc, [b, first + c * Q, v * Q], ys.index(place))
+            elif second:
+                tma.async_copy_shared_to_global(y_desc, [b, first + c * Q, (v + 1) * Q], ys.index(place))
+            place, lap = _advance(place, lap, 2)
+        tma.store_wait(0)
+        for k in gl.static_range(PAIR):
+            mbarrier.arrive(unready.index(place ^ 1 if PAIR == 1 else k), count=1)
 
 
 @gluon.jit
 def walk_role(
     k: gl.constexpr,
-    y_desc,
     D_ptr,
     D_at,
     init_ptr,
@@ -310,10 +336,9 @@ def walk_role(
     unknown,
     scored,
     unscored,
+    ready,
+    unready,
     walking,
-    b,
-    first,
-    v,
     own,  # whether the slice is there: a group of an odd number of slices leaves one over
     state_row,
     handed_row,
@@ -328,6 +353,7 @@ def walk_role(
     STORE_FINAL: gl.constexpr,
     SPLIT: gl.constexpr,
     STAGES: gl.constexpr,
+    Y_SCALE: gl.constexpr,
 ):
     dtype: gl.constexpr = Bs.dtype
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
@@ -346,20 +372,22 @@ def walk_role(
     if SPLIT:
         decay = gl.full([Q], 1.0, gl.float32, gl.SliceLayout(1, wide))
         xT = _fetch(k, xs, full, stage, phase, summed > 0, PAIR, narrow)
-        for c in range(summed):  # what this segment alone adds to the state
+        for g in range((summed + GROUP - 1) // GROUP):  # what this segment alone adds to the state
             mbarrier.wait(known.index(group), turn)
-            weighted, total = _weigh(k, xT, nums, group, c, wide)
+            total = _numbers(nums, k, group, 0, _TOTAL).load(gl.SliceLayout(1, wide))
             decay *= total
-            B = Bs.index(stage).reshape([Q, N])
-            sum = warpgroup_mma(weighted, B, state * total[:, None], is_async=True)
-            if (c % GROUP == GROUP - 1) | (c + 1 == summed):
-                mbarrier.arrive(unknown.index(group), count=2 if k == 0 else 1)  # for the scores, too
-                group, turn = _advance(group, turn, 2)
-            used = stage
-            stage, phase = _advance(stage, phase, STAGES)
-            xT = _fetch(k, xs, full, stage, phase, c + 1 < summed, PAIR, narrow)  # while the product runs
-            state = warpgroup_mma_wait(0, [sum])
-            mbarrier.arrive(empty.index(used), count=2 if k == 0 else 1)
+            state *= total[:, None]
+            for c in range(g * GROUP, gl.minimum(g * GROUP + GROUP, summed)):
+                weighted = _weigh(k, xT, nums, group, c)
+                sum = warpgroup_mma(weighted, Bs.index(stage).reshape([Q, N]), state, is_async=True)
+                used = stage
+                stage, phase = _advance(stage, phase, STAGES)
+                # while the product runs
+                xT = _fetch(k, xs, full, stage, phase, c + 1 < summed, PAIR, narrow)
+                state = warpgroup_mma_wait(0, [sum])
+                mbarrier.arrive(empty.index(used), count=2 if k == 0 else 1)
+            mbarrier.arrive(unknown.index(group), count=2 if k == 0 else 1)  # for the scores, too
+            group, turn = _advance(group, turn, 2)
         mbarrier.arrive(walking, count=1)
         if own:
             before = gl.zeros((Q, N), gl.float32, wide)
@@ -384,48 +412,56 @@ def walk_role(
     if D_ptr is not None:
         rows = gl.arange(0, Q, gl.SliceLayout(1, mma))
         D = gl.load(D_ptr + D_at + rows * stride_D_p).to(gl.float32)
-    staged = ys.index(k)
-    done = gl.zeros((Q, Q), dtype, mma)
     buffer = 0
     lap = 0
+    place = k
+    stored = 0
     xT = _fetch(k, xs, full, stage, phase, True, PAIR, narrow)
+    mbarrier.wait(known.index(group), turn)
+    weighted = _weigh(k, xT, nums, group, 0)
+    total = _numbers(nums, k, group, 0, _TOTAL).load(gl.SliceLayout(1, wide))
     for c in range(chunks):
         zeros = gl.zeros((Q, Q), gl.float32, mma)
         before = gl.convert_layout(state.to(dtype), narrow_state)
+        state *= total[:, None]
         C = Cs.index(stage).reshape([Q, N])
+        # The state needs nothing of y: both products are under way before either is waited for.
         y = warpgroup_mma(before, C.permute([1, 0]), zeros, use_acc=False, is_async=True)
-        # in the shadow of that product: the chunk before leaves, and what the other product takes
-        if c > 0:
-            _leave(y_desc, staged, done, b, first + (c - 1) * Q, v, own)
-        mbarrier.wait(known.index(group), turn)
-        weighted, total = _weigh(k, xT, nums, group, c, wide)
-        decayed = state * total[:, None]
-        y = warpgroup_mma_wait(0, [y])
+        sum = warpgroup_mma(weighted, Bs.index(stage).reshape([Q, N]), state, is_async=True)
+        y = warpgroup_mma_wait(1, [y])
         y *= _numbers(nums, k, group, c, _SINCE).load(gl.SliceLayout(0, mma))[None, :]
         if D_ptr is not None:
             y += gl.convert_layout(xT, mma).to(gl.float32) * D[:, None]
         mbarrier.wait(scored.index(buffer), lap)
-        y = warpgroup_mma(xT, G.index(buffer).permute([1, 0]), y, is_async=True)
-        sum = warpgroup_mma(weighted, Bs.index(stage).reshape([Q, N]), decayed, is_async=True)
-        y = warpgroup_mma_wait(1, [y])
-        if GATED:
-            z = zs.index(stage * PAIR + k).reshape([Q, Q]).permute([1, 0]).load(narrow)
-            z = gl.convert_layout(z, mma).to(gl.float32)
-            y *= z / (1.0 + gl.exp2(-LOG2E * z))
-        done = y.to(dtype)
-        used = stage
-        stage, phase = _advance(stage, phase, STAGES)
-        # the next chunk's, while the product with the state runs
-        xT = _fetch(k, xs, full, stage, phase, c + 1 < chunks, PAIR, narrow)
         state = warpgroup_mma_wait(0, [sum])
-        mbarrier.arrive(unscored.index(buffer), count=1)
-        mbarrier.arrive(empty.index(used), count=1)
+        y = warpgroup_mma(xT, G.index(buffer).permute([1, 0]), y, is_async=True)
+        # in its shadow: the next chunk's x comes
         if c % GROUP == GROUP - 1:
             mbarrier.arrive(unknown.index(group), count=1)
             group, turn = _advance(group, turn, 2)
+        used = stage
+        stage, phase = _advance(stage, phase, STAGES)
+        nextT = _fetch(k, xs, full, stage, phase, c + 1 < chunks, PAIR, narrow)
+        mbarrier.wait(known.index(group), turn, pred=c + 1 < chunks)
+        y = warpgroup_mma_wait(0, [y])
+        mbarrier.arrive(unscored.index(buffer), count=1)
+        if GATED:
+            z = zs.index(used * PAIR + k).reshape([Q, Q]).permute([1, 0]).load(narrow)
+            z = gl.convert_layout(z, mma).to(gl.float32)
+            y *= z / (1.0 + gl.exp2(-LOG2E * z))
+        mbarrier.arrive(empty.index(used), count=1)
+        mbarrier.wait(unready.index(place), stored ^ 1)
+        ys.index(place).reshape([Q, Q]).permute([1, 0]).store((y * Y_SCALE).to(dtype))
+        mbarrier.arrive(ready.index(place), count=1)
+        if PAIR == 1:
+            place, stored = _advance(place, stored, 2)
+        else:
+            stored ^= 1
+        xT = nextT
+        # Here, not while the product runs: ptxas would serialise the products.
+        weighted = _weigh(k, xT, nums, group, c + 1)
+        total = _numbers(nums, k, group, c + 1, _TOTAL).load(gl.SliceLayout(1, wide))
         buffer, lap = _advance(buffer, lap, 2)
-    _leave(y_desc, staged, done, b, first + (chunks - 1) * Q, v, own)
-    tma.store_wait(0)
     if STORE_FINAL:
         if own:
             if seg + 1 == segments:

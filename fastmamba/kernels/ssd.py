@@ -52,15 +52,16 @@ def ssd(
         width,
         chunk_size,
         groups=groups,
-        # the Hopper variant takes the logarithm of dt, which dt_min keeps from being negative, and does not scale y yet
-        regular=dt_min >= 0 and y_scale == 1.0 and _regular(x, B, C) and (z is None or _regular(z)),
+        # the Hopper variant takes the logarithm of dt, which dt_min keeps from being negative
+        regular=dt_min >= 0 and _regular(x, B, C) and (z is None or _regular(z)),
     )
-    rest = (z, dt_bias, initial_states, dt_softplus, dt_min, dt_max, return_final_states, state_dtype, relaxed, log_A)
+    launch = ssd_portable.ssd
     if config.variant == "hopper":
         from fastmamba.kernels import ssd_hopper  # not every Triton has what it needs
 
-        return ssd_hopper.ssd(config, x, dt, A, B, C, D, *rest)
-    return ssd_portable.ssd(config, x, dt, A, B, C, D, *rest, y_scale)
+        launch = ssd_hopper.ssd
+    rest = (z, dt_bias, initial_states, dt_softplus, dt_min, dt_max, return_final_states, state_dtype, relaxed, log_A)
+    return launch(config, x, dt, A, B, C, D, *rest, y_scale)
 
 
 def _regular(*activations: Tensor) -> bool:

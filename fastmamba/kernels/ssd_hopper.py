@@ -5,9 +5,11 @@ walks it in chunks of 64 tokens. Its warps have roles, tied together by a ring o
 
     loader    1 warp   copies x, B, C and z of a chunk into a stage (TMA: nothing is read past the end of the sequence)
     decays    1 + 1    turn dt of a slice into the running decays that everybody else needs, four chunks at a time
+                       (4 warps where a block has one slice: the first chunk waits for them)
     scores    4 warps  G = (C B^T) * decay, once for the pair, into shared memory
     walkers   4 + 4    one slice each, the state in registers:
-                       y^T = S C^T, then y^T += x^T G^T, then S = S * decay + (x w)^T B
+                       y^T = S C^T and, beside it, S = S * decay + (x w)^T B, then y^T += x^T G^T
+    store     1 warp   sends y on its way to memory (TMA)
 
 Everything is transposed (channels are the rows) so that the state and x are register operands of the products and
 never go through shared memory. Where batch x heads does not fill the GPU, the sequence is split into segments, and
@@ -35,6 +37,7 @@ from fastmamba.kernels._ssd_hopper_roles import (
     decays_role,
     load_role,
     scores_role,
+    store_role,
     sync_threads,
     walk_role,
 )
@@ -85,6 +88,7 @@ def _kernel(
     RELAXED: gl.constexpr,
     STAGES: gl.constexpr,
     LOG_A: gl.constexpr,
+    Y_SCALE: gl.constexpr,
 ):
     dtype: gl.constexpr = x_desc.dtype
     if SPLIT:
@@ -126,7 +130,7 @@ def _kernel(
     G1 = G0
     if PAIR == 2:
         G1 = gl.allocate_shared_memory(dtype, [2, Q, Q], square)
-    ys = gl.allocate_shared_memory(dtype, [PAIR, 1, Q, Q], tile)
+    ys = gl.allocate_shared_memory(dtype, [2, 1, Q, Q], tile)  # of both slices, or of two chunks
     nums = gl.allocate_shared_memory(gl.float32, [2 * PAIR * ROWS * GROUP, Q], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -135,6 +139,8 @@ def _kernel(
     walking = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     scored = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     unscored = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    unready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=1 + PAIR)  # the scores and the walkers
@@ -144,6 +150,8 @@ def _kernel(
         mbarrier.init(unknown.index(i), count=1 + PAIR)  # the scores and the walkers
         mbarrier.init(scored.index(i), count=1)
         mbarrier.init(unscored.index(i), count=PAIR)  # the walkers
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(unready.index(i), count=1)
     fence_async_shared()
     sync_threads()
 
@@ -165,42 +173,43 @@ def _kernel(
         gl.warp_specialize(
             [
                 (scores_role, (Bs, Cs, nums, G0, G1, full, empty, known, unknown, scored, unscored, walking, summed,
-                                chunks, PAIR, RELAXED, SPLIT, STAGES)),
-                (walk_role, (gl.constexpr(0), y_desc, D_ptr, D0, init_ptr, final_ptr, handed_ptr, flag, xs, Bs, Cs, zs,
-                              nums, G0, ys, full, empty, known, unknown, scored, unscored, walking, b, first, v, v >= 0,
-                              state_row, handed_row, stride_D_p, seg, segments, summed, chunks, N, PAIR, GATED,
-                              STORE_FINAL, SPLIT, STAGES)),
-                (walk_role, (gl.constexpr(1), y_desc, D_ptr, D1, init_ptr, final_ptr, handed_ptr, flag1, xs, Bs, Cs,
-                              zs, nums, G1, ys, full, empty, known, unknown, scored, unscored, walking, b, first, v1,
-                              second,
-                              state_row1, handed_row1, stride_D_p, seg, segments, summed, chunks, N, PAIR, GATED,
-                              STORE_FINAL, SPLIT, STAGES)),
+                               chunks, PAIR, RELAXED, SPLIT, STAGES)),
+                (walk_role, (gl.constexpr(0), D_ptr, D0, init_ptr, final_ptr, handed_ptr, flag, xs, Bs, Cs, zs, nums,
+                             G0, ys, full, empty, known, unknown, scored, unscored, ready, unready, walking, v >= 0,
+                             state_row, handed_row, stride_D_p, seg, segments, summed, chunks, N, PAIR, GATED,
+                             STORE_FINAL, SPLIT, STAGES, Y_SCALE)),
+                (walk_role, (gl.constexpr(1), D_ptr, D1, init_ptr, final_ptr, handed_ptr, flag1, xs, Bs, Cs, zs, nums,
+                             G1, ys, full, empty, known, unknown, scored, unscored, ready, unready, walking, second,
+                             state_row1, handed_row1, stride_D_p, seg, segments, summed, chunks, N, PAIR, GATED,
+                             STORE_FINAL, SPLIT, STAGES, Y_SCALE)),
                 (load_role, (x_desc, B_desc, C_desc, z_desc, xs, Bs, Cs, zs, full, empty, b, first, v, g, summed,
-                              chunks, N, PAIR, GATED, STAGES)),
+                             chunks, N, PAIR, GATED, STAGES)),
                 (decays_role, (gl.constexpr(0), dt0, A_ptr, bias_ptr, head0, nums, known, unknown, stride_dt_t, dt_min,
-                                dt_max, tokens, summed, chunks, SOFTPLUS, CLAMP, PAIR, LOG_A)),
+                               dt_max, tokens, summed, chunks, SOFTPLUS, CLAMP, PAIR, SPLIT, LOG_A)),
                 (decays_role, (gl.constexpr(1), dt1, A_ptr, bias_ptr, head1, nums, known, unknown, stride_dt_t, dt_min,
-                                dt_max, tokens, summed, chunks, SOFTPLUS, CLAMP, PAIR, LOG_A)),
+                               dt_max, tokens, summed, chunks, SOFTPLUS, CLAMP, PAIR, SPLIT, LOG_A)),
+                (store_role, (y_desc, ys, ready, unready, b, first, v, second, chunks, PAIR)),
             ],
-            [4, 4, 1, 1, 1],
-            [192, 192, 40, 40, 40],
+            [4, 4, 1, 1, 1, 1],
+            [192, 192, 40, 40, 40, 40],
         )
     else:
         gl.warp_specialize(
             [
                 (scores_role, (Bs, Cs, nums, G0, G1, full, empty, known, unknown, scored, unscored, walking, summed,
-                                chunks, PAIR, RELAXED, SPLIT, STAGES)),
-                (walk_role, (gl.constexpr(0), y_desc, D_ptr, D0, init_ptr, final_ptr, handed_ptr, flag, xs, Bs, Cs, zs,
-                              nums, G0, ys, full, empty, known, unknown, scored, unscored, walking, b, first, v, v >= 0,
-                              state_row, handed_row, stride_D_p, seg, segments, summed, chunks, N, PAIR, GATED,
-                              STORE_FINAL, SPLIT, STAGES)),
-                (load_role, (x_desc, B_desc, C_desc, z_desc, xs, Bs, Cs, zs, full, empty, b, first, v, g, summed,
-                              chunks, N, PAIR, GATED, STAGES)),
+                               chunks, PAIR, RELAXED, SPLIT, STAGES)),
+                (walk_role, (gl.constexpr(0), D_ptr, D0, init_ptr, final_ptr, handed_ptr, flag, xs, Bs, Cs, zs, nums,
+                             G0, ys, full, empty, known, unknown, scored, unscored, ready, unready, walking, v >= 0,
+                             state_row, handed_row, stride_D_p, seg, segments, summed, chunks, N, PAIR, GATED,
+                             STORE_FINAL, SPLIT, STAGES, Y_SCALE)),
                 (decays_role, (gl.constexpr(0), dt0, A_ptr, bias_ptr, head0, nums, known, unknown, stride_dt_t, dt_min,
-                                dt_max, tokens, summed, chunks, SOFTPLUS, CLAMP, PAIR, LOG_A)),
+                               dt_max, tokens, summed, chunks, SOFTPLUS, CLAMP, PAIR, SPLIT, LOG_A)),
+                (load_role, (x_desc, B_desc, C_desc, z_desc, xs, Bs, Cs, zs, full, empty, b, first, v, g, summed,
+                             chunks, N, PAIR, GATED, STAGES)),
+                (store_role, (y_desc, ys, ready, unready, b, first, v, second, chunks, PAIR)),
             ],
-            [4, 1, 1],
-            [224, 64, 64],
+            [4, 4, 1, 1],
+            [248, 64, 40, 40],
         )
     # fmt: on
 
@@ -243,6 +252,7 @@ def ssd(
     state_dtype: torch.dtype,
     relaxed: bool,
     log_A: bool,
+    y_scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Launch the Hopper kernel as `config` says; arguments as `fastmamba.kernels.ssd.ssd`, half precision, regular."""
     batch, tokens, heads, head_dim = x.shape
@@ -305,6 +315,7 @@ def ssd(
         relaxed,
         2 if z is not None and width > 64 else config.stages,
         log_A,
+        y_scale,
     )
     _launch((batch * groups * blocks_per_group * segments, 1, 1), tensors, numbers, constants, num_warps=config.warps)
     return y, final if return_final_states else new(0, dtype=torch.float32)
