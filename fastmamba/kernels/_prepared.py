@@ -123,7 +123,7 @@ class Prepared:
     """A call that is repeated by allocating, collecting addresses and launching."""
 
     __slots__ = (
-        "_again", "_constant", "_derived", "_described", "_index", "_launches", "_outputs", "_residues", "_scratch",
+        "_again", "_derived", "_described", "_index", "_launches", "_outputs", "_residues", "_scratch",
         "_single", "_stream_of", "_current", "_sizes",
     )  # fmt: skip
 
