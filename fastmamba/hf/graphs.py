@@ -8,6 +8,7 @@ cache's states are, where the weights are, modules that were exchanged, hooks.
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 import types
 from collections import Counter, OrderedDict
@@ -27,7 +28,7 @@ from fastmamba.hf.families import Family, match
 from fastmamba.hf.pieces import in_pieces
 from fastmamba.hf.report import GraphReport
 from fastmamba.hf.sdpa import without_cudnn
-from fastmamba.hf.tape import CudaCapture, NotRecordable, Tape
+from fastmamba.hf.tape import CudaCapture, NotRecordable, Point, Tape, go_on
 
 MOST_TAPES = 16
 """Recorded forwards a model keeps; the one not used for longest goes first."""
@@ -45,15 +46,16 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "token_type_ids": (None,),
 }
 _OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
+_CHANGED = "the model has changed"
 _BUSY = "another model is being recorded"
 _address = torch.Tensor.data_ptr
+_ref_call = ref.__call__
 
 
-class _Structure:
-    """What a tape has baked in of a model: where its weights are, which modules it calls, that none has a hook."""
+class _Part:
+    """Modules of which nothing may change that a tape has baked in: where weights are, which modules, no new hooks."""
 
-    def __init__(self, root: nn.Module) -> None:
-        modules = list(root.modules())
+    def __init__(self, modules: list[nn.Module]) -> None:
         weights = [tensors for module in modules for tensors in (module._parameters, module._buffers) if tensors]
         self._tensors = [tensor for tensors in weights for tensor in tensors.values() if tensor is not None]
         self._addresses = list(map(_address, self._tensors))
@@ -89,19 +91,91 @@ class _Structure:
             return False
 
 
+class _Structure:
+    """What tapes have baked in of a model, in parts: each is looked at just before it runs.
+
+    While the host looks at one part, the GPU works on those before it. Part 0 has all that is no layer.
+    """
+
+    def __init__(self, root: nn.Module, mixers: list[Any], attention: list[nn.Module]) -> None:
+        self.layers, self.cuts = _cut(root, mixers, attention)
+        inside = {inner: None for layer in self.layers for inner in layer.modules()}
+        parts = [[module for module in root.modules() if module not in inside]]
+        for start, end in itertools.pairwise([0, *self.cuts, len(self.layers)]):
+            # The part before may have taken this one's first norm already. If that has changed, its result is not used.
+            found = list(dict.fromkeys(inner for layer in self.layers[start:end] for inner in layer.modules()))
+            parts = [parts[0] + found] if start == 0 else [*parts, found]
+        self._parts = list(map(_Part, parts))
+        owned = [set(part) for part in parts]
+        self.indices = [[mixer.layer_idx for mixer in mixers if mixer in part] for part in owned]
+        """Of the mixers, by part."""
+
+    def holds(self, part: int) -> bool:
+        """Whether a part is as it was."""
+        return self._parts[part].holds()
+
+    def holds_all(self) -> bool:
+        """Whether all parts are."""
+        return all(part.holds() for part in self._parts)
+
+
+def _cut(root: nn.Module, mixers: list[nn.Module], attention: list[nn.Module]) -> tuple[list[nn.Module], list[int]]:
+    """The model's list of layers, and those with which a part begins; both empty where it cannot be cut.
+
+    Where there is attention, graphs end anyway, and a part begins with it. A part is looked at while the one before it
+    runs, so the first one is small and others are larger.
+    """
+    for module in root.modules() if mixers else ():
+        if not isinstance(module, nn.ModuleList):
+            continue
+        layers = list(module)
+        owner = {inner: index for index, layer in enumerate(layers) for inner in layer.modules()}
+        if not all(inner in owner for inner in (*mixers, *attention)) or len(set(layers)) != len(layers):
+            continue
+        attending = {owner[inner] for inner in attention}
+        if attending & {owner[inner] for inner in mixers}:
+            break  # what runs before attention changes a state, and could not run again
+        count = len(layers)
+        return layers, sorted((attending or {count // 16, count // 4, count * 5 // 8}) - {0})
+    return [], []
+
+
 class _Bound:
-    """The cache that a tape is set to."""
+    """The cache that a tape is set to: where the states of each part's layers are."""
 
-    def __init__(self, cache: Any, tensors: list[Tensor]) -> None:
+    def __init__(self, cache: Any, parts: list[list[int]], states: dict[int, tuple[Tensor, Tensor]]) -> None:
         self.cache = ref(cache)
-        self.ids, self.addresses = list(map(id, tensors)), list(map(_address, tensors))
+        self._parts = []
+        for indices in parts:
+            tensors = [tensor for index in indices for tensor in states[index]]
+            self._parts.append((indices, list(map(ref, tensors)), list(map(_address, tensors))))
 
-    def holds(self, cache: Any, tensors: list[Tensor]) -> bool:
-        return (
-            self.cache() is cache
-            and list(map(_address, tensors)) == self.addresses
-            and list(map(id, tensors)) == self.ids
-        )
+    def holds(self, layers: list[Any], part: int) -> bool:
+        """Whether the states of a part are the same tensors in the same place, ready for one more token."""
+        indices, references, addresses = self._parts[part]
+        states = _states(layers, indices)
+        if isinstance(states, str):
+            return False
+        tensors = [tensor for pair in states.values() for tensor in pair]
+        return all(map(is_, map(_ref_call, references), tensors)) and list(map(_address, tensors)) == addresses
+
+
+def _states(layers: list[Any], indices: list[int]) -> dict[int, tuple[Tensor, Tensor]] | str:
+    """The conv state and state of a cache's layers; or why there are none for a tape, empty for a first token."""
+    if indices and len(layers) <= indices[-1]:
+        return ""  # nothing in it yet
+    found = {}
+    try:
+        for index in indices:
+            layer = layers[index]
+            if not layer.has_previous_state[0]:
+                return ""
+            if layer.record_past:
+                return "the cache records its past"
+            found[index] = layer.conv_states[0], layer.recurrent_states[0]
+    except (AttributeError, KeyError, TypeError):
+        return "unknown kind of cache"
+    return found
 
 
 class Session:
@@ -134,6 +208,8 @@ class Session:
 
     def clear(self) -> None:
         """Let go of the tapes and their memory."""
+        if self._tapes and self.device_type == "cuda":
+            torch.cuda.synchronize(self._capture.device)  # the last run may not be over
         self._tapes.clear()
         self._bound.clear()
         self._refused.clear()
@@ -159,49 +235,33 @@ class Session:
         reason = self._why_not_now(root, ids, arguments)
         if reason:
             return reason
-        if self._structure is None or not self._structure.holds():
-            self.clear()
-            self._structure, self._fault = _Structure(root), self._survey(root)
+        if self._structure is None or not self._structure.holds(0):
+            self._look_again(root)
+        structure = self._structure
+        assert structure is not None
         if self._fault:
             return self._fault
 
-        layers = cache.layers
-        if len(layers) <= self._indices[-1]:
-            return ""  # nothing in it yet
-        layers = [layers[index] for index in self._indices]
-        try:
-            if not all([layer.has_previous_state[0] for layer in layers]):
-                return ""  # the first token of a sequence
-            if any([layer.record_past for layer in layers]):
-                return "the cache records its past"
-            convs = [layer.conv_states[0] for layer in layers]
-            ssms = [layer.recurrent_states[0] for layer in layers]
-        except (AttributeError, KeyError, TypeError):
-            return "unknown kind of cache"
-        batch, ssm, conv = ids.shape[0], ssms[0], convs[0]
+        layers, first = cache.layers, self._indices[0]
+        states = _states(layers, [first])
+        if isinstance(states, str):
+            return states
+        conv, ssm = states[first]  # all states are of one form, or `_look_at` refuses them
         experts = getattr(root.config, "_experts_implementation", None)
         experts = tuple(experts.items()) if isinstance(experts, dict) else experts
-        key = (batch, ssm.dtype, conv.dtype, ssm.shape, ssm.stride(), conv.stride(), experts)
+        key = (ids.shape[0], ssm.dtype, conv.dtype, ssm.shape, ssm.stride(), conv.stride(), experts)
+        recorded = self._tapes.get(key)
+        if recorded is None and not structure.holds_all():  # what is recorded now has to be what is looked at later
+            self.clear()
+            return _CHANGED
         if key in self._refused:
             return self._refused[key]
-        recorded = self._tapes.get(key)
         bound = self._bound.get(key)
-        tensors = convs + ssms
-        if recorded is None or bound is None or not bound.holds(cache, tensors):
-            fault = self._look_at(cache, convs, ssms, ids)
-            if fault:
-                return fault
-            states = list(zip(convs, ssms, strict=True))
-            if recorded is None:
-                fault = self._record(root, key, ids, cache, states)
-                if fault:
-                    if fault != _BUSY:
-                        self._refused[key] = fault
-                    return fault
-                recorded = self._tapes[key]
-            self._wait()
-            recorded[0].bind(states)
-            self._bound[key] = _Bound(cache, tensors)
+        if recorded is None or bound is None or bound.cache() is not cache or not bound.holds(layers, 0):
+            found = self._set_to(root, key, ids, cache)
+            if isinstance(found, str):
+                return found
+            bound, recorded = found, self._tapes[key]
         fault = self._why_not_fresh(root, arguments)
         if fault:
             return fault
@@ -209,11 +269,43 @@ class Session:
         self._wait()
         tape, static_ids, output = recorded
         static_ids.copy_(ids)
-        tape.run(lambda: self._fresh(root, ids, cache, arguments))
+        fresh = functools.cache(lambda: self._fresh(root, ids, cache, arguments))
+        stopped = tape.run(fresh, lambda part: structure.holds(part) and bound.holds(layers, part))
+        if stopped is not None:
+            return self._go_on(root, stopped, ids, cache, fresh if self._attention else dict)
         self.replays += 1
         return type(output)(
             **{name: value.clone() if isinstance(value, Tensor) else cache for name, value in output.items()}
         )
+
+    def _look_again(self, root: Any) -> None:
+        self.clear()
+        self._fault = self._survey(root)
+        if self._fault:  # every change may remove what stands against recording: all is looked at, at every call
+            self._structure = _Structure(root, [], [])
+        else:
+            self._structure = _Structure(root, self._mixers, self._attention)
+
+    def _set_to(self, root: Any, key: Any, ids: Tensor, cache: Any) -> _Bound | str:
+        """Set a tape to a cache, or make one for it; or say why not."""
+        states = _states(cache.layers, self._indices)
+        if isinstance(states, str):
+            return states
+        pairs = list(states.values())
+        fault = self._look_at(cache, [conv for conv, _ in pairs], [ssm for _, ssm in pairs], ids)
+        if fault:
+            return fault
+        if key not in self._tapes:
+            fault = self._record(root, key, ids, cache, pairs)
+            if fault:
+                if fault != _BUSY:
+                    self._refused[key] = fault
+                return fault
+        self._wait()
+        self._tapes[key][0].bind(pairs)
+        assert self._structure is not None
+        self._bound[key] = _Bound(cache, self._structure.indices, states)
+        return self._bound[key]
 
     def _wait(self) -> None:
         """A tape's buffers are those of its last run: on another stream, that has to be over first."""
@@ -315,11 +407,15 @@ class Session:
                     self._family.cache: cache,
                     "use_cache": True,
                     "return_dict": True,
-                    "attention_mask": _NoMasks() if self._attention else None,
+                    "attention_mask": _Masks() if self._attention else None,
                 }
                 if self._attention:
                     arguments["position_ids"] = torch.zeros_like(ids)
-                output = tape.record(lambda: type(root).forward(root, **arguments), self._attention)
+                structure = self._structure
+                assert structure is not None
+                output = tape.record(
+                    lambda: type(root).forward(root, **arguments), self._attention, structure.layers, structure.cuts
+                )
                 for name, value in output.items():
                     if value is not cache and not isinstance(value, Tensor):
                         return f"output {name} is a {type(value).__name__}"
@@ -339,6 +435,27 @@ class Session:
             self._capture = None
             return f"graphs would take more than {MOST_BYTES >> 30} GiB"
         return ""
+
+    def _go_on(self, root: Any, point: Point, ids: Tensor, cache: Any, fresh: Callable[[], dict[str, Any]]) -> Any:
+        """The rest of a token whose first layers have run from a tape, when what comes next has changed since."""
+        assert self._structure is not None
+        layers = self._structure.layers
+        if self._structure.holds(point.part):
+            self._bound.clear()
+            self.eager["the cache has changed"] += 1
+        else:
+            self.clear()
+            self.eager[_CHANGED] += 1
+        made = fresh()
+        arguments: dict[str, Any] = {
+            "input_ids": ids,
+            self._family.cache: cache,
+            "use_cache": True,
+            "return_dict": True,
+        }
+        if made:
+            arguments |= {"attention_mask": _Masks(made["attention_mask"]), "position_ids": made["position_ids"]}
+        return go_on(point, lambda: type(root).forward(root, **arguments), layers)
 
     def _why_not_fresh(self, root: Any, arguments: dict[str, Any]) -> str:
         """Why `_fresh` cannot be made of a call's arguments, or the empty string."""
@@ -372,13 +489,16 @@ class Session:
         }
 
 
-class _NoMasks(dict):
-    """The masks of a recording, whatever kinds of layer a model asks for: none. Real ones come with each token."""
+class _Masks(dict):
+    """The masks of one token, whatever kinds of layer a model asks for: attention's, and none for any other.
+
+    A recording has none at all: real ones come with each token.
+    """
+
+    def __init__(self, attention: Tensor | None = None) -> None:
+        super().__init__(full_attention=attention)
 
     def __missing__(self, key: Any) -> None:
-        return None
-
-    def get(self, key: Any, default: Any = None) -> None:
         return None
 
 

@@ -9,8 +9,10 @@ size.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -153,6 +155,20 @@ class _EagerCall:
         self._result.copy_(output[0])
 
 
+@dataclass(frozen=True)
+class Point:
+    """Where a run asks whether what comes next may run, and from where the model can go on by itself if not."""
+
+    layer: int
+    """The next layer of the model's list of layers."""
+    part: int
+    """What comes next, counted from 1; the run asks no one before part 0."""
+    hidden: Tensor
+    """What that layer is given."""
+    returned: int | None
+    """How many things a layer returns, the hidden states first; None where it returns them alone."""
+
+
 class Tape:
     """One recorded forward.
 
@@ -164,12 +180,22 @@ class Tape:
     def __init__(self, capture: Any, mixers: list[nn.Module], states: list[tuple[Tensor, Tensor]]) -> None:
         self._capture, self._mixers = capture, mixers
         self._table = capture.table(states)
-        self._steps: list[Callable[[dict[str, Any]], None]] = []
+        self._steps: list[Callable[[], None] | _EagerCall | Point] = []
         self._capturing = False
+        self._entered: tuple[int, Tensor] | None = None  # a layer that a part begins with, and its input
+        self._returned: int | None = None
         self.bytes = 0
 
-    def record(self, forward: Callable[[], Any], eager: list[nn.Module]) -> Any:
+    def record(
+        self, forward: Callable[[], Any], eager: list[nn.Module], layers: Sequence[nn.Module], cuts: Sequence[int]
+    ) -> Any:
         """Record a forward in which the modules `eager` are called as they are.
+
+        Args:
+            layers: the model's layers, each of which takes hidden states and returns those of the next one.
+            cuts: layers with which another part of the run begins, increasing, none the first. What such a layer does
+                before the module of `eager` in it, where there is one, is still of the part before; it must change
+                nothing but hidden states.
 
         Returns:
             What the forward returned: its tensors are those that each run writes anew.
@@ -178,27 +204,22 @@ class Tape:
             NotRecordable: with the reason.
         """
         slots = dict(zip(self._mixers, self._table.slots(), strict=True))
-        before: list[tuple[dict[str, Any], Any]] = []
         recording.begin(slots)
         try:
-            for module in eager:
-                before.append((module.__dict__, module.__dict__.get("forward")))
-                module.__dict__["forward"] = self._stand_in(module)
-            with self._capture.recording():
+            stand_ins = [(layers[cut], self._at_a_cut(layers[cut], cut, eager)) for cut in cuts]
+            stand_ins += [(module, self._in_place_of(module)) for module in eager]
+            with _forwards(stand_ins), self._capture.recording():
                 forward()  # compiles kernels and sets up libraries, on scratch states
                 self._capture.warmed_up()
                 held = self._capture.reserved()
                 self._begin()
                 output = forward()
                 self._end()
+            if [step.layer for step in self._steps if isinstance(step, Point)] != list(cuts):
+                raise NotRecordable("the layers do not run one after the other")
             self.bytes = max(0, self._capture.reserved() - held)
         finally:
             recording.end()
-            for attributes, own in before:
-                if own is None:
-                    attributes.pop("forward", None)
-                else:
-                    attributes["forward"] = own
             self._table.recorded()
         return output
 
@@ -208,15 +229,41 @@ class Tape:
 
     def _end(self) -> None:
         self._capturing = False
-        replay = self._capture.end()
-        self._steps.append(lambda fresh: replay())
+        self._steps.append(self._capture.end())
 
-    def _stand_in(self, module: nn.Module) -> Callable[..., Any]:
+    def _new_part(self) -> None:
+        """Between two graphs: the part that the layer entered last begins with starts here."""
+        if self._entered is not None:
+            layer, hidden = self._entered
+            part = 1 + sum(isinstance(step, Point) for step in self._steps)
+            self._steps.append(Point(layer, part, hidden, self._returned))
+            self._entered = None
+
+    def _at_a_cut(self, layer: nn.Module, index: int, eager: list[nn.Module]) -> Callable[..., Any]:
+        own = layer.forward
+        has_eager = any(module in eager for module in layer.modules())
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if not recording.under_way():
+                return own(*args, **kwargs)  # another thread runs the model meanwhile
+            if self._capturing:
+                self._entered = index, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+                if not has_eager:
+                    self._end()
+                    self._new_part()
+                    self._begin()
+            output = own(*args, **kwargs)
+            self._returned = None if isinstance(output, Tensor) else len(output)
+            return output
+
+        return forward
+
+    def _in_place_of(self, module: nn.Module) -> Callable[..., Any]:
         own = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if recording.state_for(self._mixers[0], None) is None:
-                return own(*args, **kwargs)  # another thread runs the model meanwhile
+            if not recording.under_way():
+                return own(*args, **kwargs)
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             if not self._capturing:
                 return torch.zeros_like(hidden), None
@@ -227,6 +274,7 @@ class Tape:
                 elif isinstance(value, Tensor) and value is not hidden:
                     raise NotRecordable(f"{type(module).__name__} takes a tensor {name} that may change")
             self._end()
+            self._new_part()
             result = torch.empty_like(hidden)
             self._steps.append(_EagerCall(module, args, kept, result))
             self._begin()
@@ -238,15 +286,55 @@ class Tape:
         """Use these states from the next run on."""
         self._table.bind(states)
 
-    def run(self, make_fresh: Callable[[], dict[str, Any]]) -> None:
+    def run(self, make_fresh: Callable[[], dict[str, Any]], may_run: Callable[[int], bool]) -> Point | None:
         """Run the forward once. `make_fresh` gives a value for each of FRESH that an eager call takes.
 
-        It is called where the first eager call needs it, while the GPU is busy with what comes before.
+        It is called where the first eager call needs it, while the GPU is busy with what comes before. So is `may_run`,
+        before each part but the first.
+
+        Returns:
+            None, or the point before the first part that may not run: the layers before it have run, and none after.
         """
         self._table.start()
         fresh: dict[str, Any] = {}
+        stopped = None
         for step in self._steps:
-            if not fresh and isinstance(step, _EagerCall):
-                fresh = make_fresh()
-            step(fresh)
+            if isinstance(step, Point):
+                if not may_run(step.part):
+                    stopped = step
+                    break
+            elif isinstance(step, _EagerCall):
+                fresh = fresh or make_fresh()
+                step(fresh)
+            else:
+                step()
         self._table.done()
+        return stopped
+
+
+def go_on(point: Point, forward: Callable[[], Any], layers: Sequence[nn.Module]) -> Any:
+    """Run a model's own forward from a point on: the layers before it hand on what they have made already."""
+    thread = threading.get_ident()
+    made = point.hidden if point.returned is None else (point.hidden, *[None] * (point.returned - 1))
+
+    def stand_in(own: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: made if threading.get_ident() == thread else own(*args, **kwargs)
+
+    with _forwards([(layer, stand_in(layer.forward)) for layer in layers[: point.layer]]):
+        return forward()
+
+
+@contextmanager
+def _forwards(stand_ins: list[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Give modules other forwards for a while."""
+    before = [(module.__dict__, module.__dict__.get("forward")) for module, _ in stand_ins]
+    try:
+        for module, forward in stand_ins:
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for attributes, own in before:
+            if own is None:
+                attributes.pop("forward", None)
+            else:
+                attributes["forward"] = own
