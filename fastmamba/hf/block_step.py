@@ -11,7 +11,7 @@ from fastmamba.hf.binding import binding_in
 from fastmamba.hf.block import is_silu
 from fastmamba.hf.compat import CacheState, cache_layer
 from fastmamba.hf.forward import plan_of
-from fastmamba.hf.recording import state_for, under_way
+from fastmamba.hf.recording import state_for, under_way, zeros
 from fastmamba.mixer import norm_is_plain
 from fastmamba.ops import mlp_step, resolve_backend
 from fastmamba.step import can_step, is_linear, layer_forward, layer_is_plain
@@ -126,6 +126,7 @@ def feed_forward(layer: Any, norm: Any, hidden_states: Tensor, factor: float, ba
         norm_weight=norm.weight,
         norm_eps=norm.variance_epsilon,
         residual_scale=factor,
+        counter=zeros(hidden_states.shape[0], hidden_states.device) if experts else None,
         overlap=under_way(),  # there it is known what comes before
         backend=backend,
         **experts,

@@ -184,6 +184,7 @@ class Tape:
         self._capturing = False
         self._entered: tuple[int, Tensor] | None = None  # a layer that a part begins with, and its input
         self._returned: int | None = None
+        self._zeros: Tensor | None = None  # of the kernels
         self.bytes = 0
 
     def record(
@@ -219,7 +220,7 @@ class Tape:
                 raise NotRecordable("the layers do not run one after the other")
             self.bytes = max(0, self._capture.reserved() - held)
         finally:
-            recording.end()
+            self._zeros = recording.end()
             self._table.recorded()
         return output
 

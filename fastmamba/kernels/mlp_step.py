@@ -1,11 +1,12 @@
 """One token through a SwiGLU multilayer perceptron, with its norm, its residual and a mixture of experts beside it.
 
-    1. norm, gate and up projections; with experts, the router's logits from blocks of the same kernel
-    2. with experts: gate and up projections of those that the logits choose, times their share
+    1. norm, gate and up projections; with experts, the router's logits from the first blocks of the same kernel, the
+       last of which to finish chooses
+    2. with experts: gate and up projections of those chosen, times their share
     3. down projections, residual
 
-Every block that needs the choice of experts makes it itself, out of the logits. Kernels overlap as those of
-`layer_step`, and the last one has chosen its experts and loads weights before it waits: the logits are two kernels old.
+Kernels overlap as those of `layer_step`, and the last one knows its experts and loads weights before it waits: the
+choice is two kernels old.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from fastmamba.kernels._launch import Launcher
 from fastmamba.kernels._row_product import first_weights, wait
 from fastmamba.kernels._silu import silu
+from fastmamba.kernels._sync import zeros_left_as_found
 
 
 @triton.jit
@@ -60,20 +62,28 @@ def _gate_up(
     return gate, value
 
 
+# The router makes of a row, in float32: E logits, the TOP experts that are chosen, and their shares. Loads go past
+# the L1 cache, which may still hold what the layer before left at this address.
+
+
 @triton.jit
-def _choose(logits_ptr, E: tl.constexpr, BE: tl.constexpr):
-    """Experts' numbers, ranks by logit (of equal ones the first is ahead), and shares before normalisation. [E] each"""
+def _choose(routed_ptr, E: tl.constexpr, BE: tl.constexpr, TOP: tl.constexpr):
+    """Rank experts by their logit (of equal ones the first is ahead) and write those chosen."""
     i = tl.arange(0, BE)
-    # Past the L1 cache, which may still hold what the layer before left at this address.
-    logits = tl.load(logits_ptr + i, mask=i < E, other=float("-inf"), cache_modifier=".cg")
+    logits = tl.load(routed_ptr + i, mask=i < E, other=float("-inf"), cache_modifier=".cg")
     ahead = (logits[None, :] > logits[:, None]) | ((logits[None, :] == logits[:, None]) & (i[None, :] < i[:, None]))
-    return i, tl.sum(ahead.to(tl.int32), axis=1), tl.exp(logits - tl.max(logits, axis=0))
+    rank = tl.sum(ahead.to(tl.int32), axis=1)
+    part = tl.exp(logits - tl.max(logits, axis=0))
+    share = tl.fdiv(part, tl.sum(tl.where(rank < TOP, part, 0.0), axis=0))
+    tl.store(routed_ptr + E + rank, i.to(tl.float32), mask=rank < TOP)
+    tl.store(routed_ptr + E + TOP + rank, share, mask=rank < TOP)
 
 
 @triton.jit
-def _expert(i, rank, slot, E: tl.constexpr):
-    """The expert of a rank; some expert where logits are NaN, and ranks thereby equal."""
-    return tl.minimum(tl.sum(tl.where(rank == slot, i, 0), axis=0), E - 1).to(tl.int64)
+def _expert(routed_ptr, slot, E: tl.constexpr):
+    """The expert chosen in a slot; some expert where logits are NaN, and ranks thereby equal."""
+    expert = tl.load(routed_ptr + E + slot, cache_modifier=".cg").to(tl.int32)
+    return tl.minimum(tl.maximum(expert, 0), E - 1).to(tl.int64)
 
 
 @triton.jit
@@ -83,27 +93,30 @@ def _up_kernel(
     norm_ptr,
     router_ptr,
     h_ptr,
-    logits_ptr,
+    routed_ptr,
+    counter_ptr,
     eps,
     stride_x_b,
     stride_h_b,
     K: tl.constexpr,
     INNER: tl.constexpr,
     E: tl.constexpr,
+    BE: tl.constexpr,
+    TOP: tl.constexpr,
     ALIGNED: tl.constexpr,
     R: tl.constexpr,
     BK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    BLOCKS: tl.constexpr = (INNER + R - 1) // R
+    ROUTING: tl.constexpr = (E + R - 1) // R
     block = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
-    r = block * R + tl.arange(0, R)
+    r = (block - ROUTING) * R + tl.arange(0, R)
     has_up = r < INNER
     has = has_up
-    if E > 0:  # blocks past those of the projection have rows of the router
-        routes = block >= BLOCKS
-        r = tl.where(routes, r - BLOCKS * R, r)
+    routes = block < ROUTING
+    if E > 0:  # the first blocks have rows of the router: the choice is made while others are still at work
+        r = tl.where(routes, r + ROUTING * R, r)
         has_up = r < tl.where(routes, 0, INNER)
         has = r < tl.where(routes, E, INNER)
         weight_ptr = tl.where(routes, router_ptr.to(tl.int64), weight_ptr.to(tl.int64)).to(weight_ptr.dtype)
@@ -116,7 +129,14 @@ def _up_kernel(
     g, u = _gate_up(x_ptr + b * stride_x_b, norm_ptr, at, up, g, u, has, has_up, eps, K, R, BK)
     tl.store(h_ptr + b * stride_h_b + r, silu(g) * u, mask=has_up)
     if E > 0:
-        tl.store(logits_ptr + b * E + r, g, mask=r < tl.where(routes, E, 0))
+        if routes:
+            routed_ptr += b * (E + 2 * TOP)
+            tl.store(routed_ptr + r, g, mask=r < E)
+            tl.debug_barrier()  # every thread's logits are written before they are counted
+            arrived = tl.atomic_add(counter_ptr + b, 1)
+            if arrived == ROUTING - 1:
+                tl.store(counter_ptr + b, 0)  # left as it was found
+                _choose(routed_ptr, E, BE, TOP)
 
 
 @triton.jit
@@ -124,7 +144,7 @@ def _experts_kernel(
     x_ptr,
     weight_ptr,
     norm_ptr,
-    logits_ptr,
+    routed_ptr,
     h_ptr,
     eps,
     stride_x_b,
@@ -133,7 +153,6 @@ def _experts_kernel(
     INNER: tl.constexpr,
     EXPERT: tl.constexpr,
     E: tl.constexpr,
-    BE: tl.constexpr,
     TOP: tl.constexpr,
     ALIGNED: tl.constexpr,
     R: tl.constexpr,
@@ -146,9 +165,9 @@ def _experts_kernel(
     r = tl.program_id(0) % BLOCKS * R + tl.arange(0, R)
     has = r < EXPERT
     wait(OVERLAP)
-    i, rank, part = _choose(logits_ptr + b * E, E, BE)
-    share = tl.fdiv(tl.sum(tl.where(rank == slot, part, 0.0), axis=0), tl.sum(tl.where(rank < TOP, part, 0.0), axis=0))
-    at = _rows(weight_ptr + _expert(i, rank, slot, E) * (2 * EXPERT * K), r, ALIGNED, K, R, BK)
+    routed_ptr += b * (E + 2 * TOP)
+    share = tl.load(routed_ptr + E + TOP + slot, cache_modifier=".cg")
+    at = _rows(weight_ptr + _expert(routed_ptr, slot, E) * (2 * EXPERT * K), r, ALIGNED, K, R, BK)
     up = at + EXPERT * K
     inside = has[:, None] & (tl.arange(0, BK) < K)[None, :]
     g = tl.load(at, mask=inside, other=0.0, eviction_policy="evict_first")
@@ -162,7 +181,7 @@ def _down_kernel(
     h_ptr,
     weight_ptr,
     experts_ptr,
-    logits_ptr,
+    routed_ptr,
     residual_ptr,
     out_ptr,
     scale,
@@ -172,7 +191,6 @@ def _down_kernel(
     INNER: tl.constexpr,
     EXPERT: tl.constexpr,
     E: tl.constexpr,
-    BE: tl.constexpr,
     TOP: tl.constexpr,
     ALIGNED: tl.constexpr,
     R: tl.constexpr,
@@ -185,9 +203,9 @@ def _down_kernel(
     has = r < K
     at, w = first_weights(weight_ptr, r, has, INNER, INNER, BI)
     if E > 0:
-        i, rank, _ = _choose(logits_ptr + b * E, E, BE)
+        routed_ptr += b * (E + 2 * TOP)
         x = tl.arange(0, BX)[None, :] + tl.zeros((R, 1), tl.int32)
-        from_expert = _rows(experts_ptr + _expert(i, rank, 0, E) * (K * EXPERT), r, ALIGNED, EXPERT, R, BX)
+        from_expert = _rows(experts_ptr + _expert(routed_ptr, 0, E) * (K * EXPERT), r, ALIGNED, EXPERT, R, BX)
         v = tl.load(from_expert, mask=has[:, None] & (x < EXPERT), other=0.0, eviction_policy="evict_first")
     wait(OVERLAP)
     h_ptr += b * stride_h_b
@@ -205,7 +223,9 @@ def _down_kernel(
         mixed = tl.zeros((R, BX), tl.float32)
         for slot in tl.static_range(TOP):
             if slot > 0:
-                from_expert = _rows(experts_ptr + _expert(i, rank, slot, E) * (K * EXPERT), r, ALIGNED, EXPERT, R, BX)
+                from_expert = _rows(
+                    experts_ptr + _expert(routed_ptr, slot, E) * (K * EXPERT), r, ALIGNED, EXPERT, R, BX
+                )
             for start in tl.static_range(0, EXPERT, BX):
                 if slot > 0 or start > 0:
                     inside = has[:, None] & (start + x < EXPERT)
@@ -222,8 +242,10 @@ _launch_up = Launcher(_up_kernel)
 _launch_experts = Launcher(_experts_kernel)
 _launch_down = Launcher(_down_kernel)
 
-_ROWS = 8
-"""Rows of a weight that a block takes. Fewer leave more blocks, each of which chooses the experts for itself."""
+_UP_ROWS = 8
+"""Rows of a weight that a block takes."""
+_EXPERT_ROWS = 8
+_DOWN_ROWS = 8
 _WARPS = 4
 
 
@@ -238,6 +260,7 @@ def mlp_step(
     expert_out_weight: Tensor | None,
     top_k: int,
     residual_scale: float | None,
+    counter: Tensor | None,
     overlap: bool,
 ) -> Tensor:
     """Launch the step; arguments as `fastmamba.ops.mlp_step`, already checked, the weights contiguous."""
@@ -248,7 +271,11 @@ def mlp_step(
         top_k = 0
     width = inner + top_k * expert
     h = in_weight.new_empty((batch, width), dtype=torch.float32)
-    logits = in_weight.new_empty((batch, experts), dtype=torch.float32) if experts else None
+    routed = None
+    if experts:
+        routed = in_weight.new_empty((batch, experts + 2 * top_k), dtype=torch.float32)
+        if counter is None:
+            counter = zeros_left_as_found(batch, x.device)
     residual = None if residual_scale is None else x
     out = in_weight.new_empty((batch, size), dtype=in_weight.dtype if residual is None else x.dtype)
     weights = (in_weight, router_weight, expert_in_weight, expert_out_weight)
@@ -257,29 +284,29 @@ def mlp_step(
     padded = triton.next_power_of_2(max(experts, 1))
     norm = None if norm_weight is None else norm_weight.contiguous()
     _launch_up(
-        (triton.cdiv(inner, _ROWS) + triton.cdiv(experts, _ROWS), batch, 1),
-        (x, in_weight, norm, router_weight, h, logits),
+        (triton.cdiv(inner, _UP_ROWS) + triton.cdiv(experts, _UP_ROWS), batch, 1),
+        (x, in_weight, norm, router_weight, h, routed, counter),
         (norm_eps, x.stride(0), width),
-        (size, inner, experts, aligned, _ROWS, _columns(size), overlap),
+        (size, inner, experts, padded, top_k, aligned, _UP_ROWS, _columns(size), overlap),
         num_warps=_WARPS,
         **options,
     )
     if experts:
         _launch_experts(
-            (triton.cdiv(expert, _ROWS) * top_k, batch, 1),
-            (x, expert_in_weight, norm, logits, h),
+            (triton.cdiv(expert, _EXPERT_ROWS) * top_k, batch, 1),
+            (x, expert_in_weight, norm, routed, h),
             (norm_eps, x.stride(0), width),
-            (size, inner, expert, experts, padded, top_k, aligned, _ROWS, _columns(size), overlap),
+            (size, inner, expert, experts, top_k, aligned, _EXPERT_ROWS, _columns(size), overlap),
             num_warps=_WARPS,
             **options,
         )
     _launch_down(
-        (triton.cdiv(size, _ROWS), batch, 1),
-        (h, out_weight, expert_out_weight, logits, residual, out),
+        (triton.cdiv(size, _DOWN_ROWS), batch, 1),
+        (h, out_weight, expert_out_weight, routed, residual, out),
         (1.0 if residual_scale is None else float(residual_scale), width, 0 if residual is None else x.stride(0)),
         (
-            *(size, inner, expert, experts, padded, top_k, aligned),
-            *(_ROWS, _columns(inner), _columns(expert), overlap),
+            *(size, inner, expert, experts, top_k, aligned),
+            *(_DOWN_ROWS, _columns(inner), _columns(expert), overlap),
         ),
         num_warps=_WARPS,
         **options,

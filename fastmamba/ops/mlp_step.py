@@ -33,6 +33,7 @@ def mlp_step(
     expert_out_weight: Tensor | None = None,
     top_k: int = 0,
     residual_scale: float | None = None,
+    counter: Tensor | None = None,
     overlap: bool = False,
     backend: str = "auto",
 ) -> Tensor:
@@ -57,6 +58,8 @@ def mlp_step(
         expert_out_weight: (E, K, J), dtype of in_weight. With a router, and only then.
         top_k: experts of a row, 1 to E with a router and 0 without.
         residual_scale: what multiplies the output before x is added; None returns it as it is.
+        counter: (B,), int32 zeros on x's device, left zero, which no other call uses at the same time: what the choice
+            of experts needs. None for ours, which a captured CUDA graph has to fill at every replay.
         overlap: as in `layer_step`. The kernel enqueued just before must not write any of the weights.
         backend: "auto", "triton" or "torch". Triton takes contiguous weights only.
 
@@ -81,11 +84,15 @@ def mlp_step(
         for name, weight in zip(_WEIGHTS, weights, strict=True):
             if weight is not None and not weight.is_contiguous():
                 raise ValueError(f"{name} must be contiguous, got strides {weight.stride()}")
+    if counter is not None and (
+        counter.shape[0] < x.shape[0] or counter.dtype != torch.int32 or counter.is_cpu != x.is_cpu
+    ):
+        raise ValueError(f"counter must be {x.shape[0]} or more int32 zeros beside x")
     if needs_grad(*tensors):
         raise RuntimeError("mlp_step has no backward: call it under torch.no_grad()")
     run = torch.ops.fastmamba.mlp_step if torch.compiler.is_compiling() else _run
     options = (norm_weight, norm_eps, router_weight, expert_in_weight, expert_out_weight, top_k, residual_scale)
-    return run(x, in_weight, out_weight, *options, overlap, backend)
+    return run(x, in_weight, out_weight, *options, counter, overlap, backend)
 
 
 _WEIGHTS = ("in_weight", "out_weight", "router_weight", "expert_in_weight", "expert_out_weight")
@@ -156,13 +163,14 @@ def _run(
     expert_out_weight: Tensor | None,
     top_k: int,
     residual_scale: float | None,
+    counter: Tensor | None,
     overlap: bool,
     backend: str,
 ) -> Tensor:
     experts = (router_weight, expert_in_weight, expert_out_weight, top_k)
     arguments = (x, in_weight, out_weight, norm_weight, norm_eps, *experts, residual_scale)
     if backend == "triton":
-        return _kernel()(*arguments, overlap and overlaps(x.device))
+        return _kernel()(*arguments, counter, overlap and overlaps(x.device))
     return reference_step(*arguments)
 
 
@@ -173,7 +181,7 @@ def _fake(x: Tensor, in_weight: Tensor, *rest: Any) -> Tensor:
 register(
     "mlp_step(Tensor x, Tensor in_weight, Tensor out_weight, Tensor? norm_weight, float norm_eps, "
     "Tensor? router_weight, Tensor? expert_in_weight, Tensor? expert_out_weight, int top_k, float? residual_scale, "
-    "bool overlap, str backend) -> Tensor",
+    "Tensor? counter, bool overlap, str backend) -> Tensor",
     _run,
     _fake,
 )
