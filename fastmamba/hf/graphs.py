@@ -50,6 +50,7 @@ _CHANGED = "the model has changed"
 _BUSY = "another model is being recorded"
 _address = torch.Tensor.data_ptr
 _ref_call = ref.__call__
+_attribute = object.__getattribute__  # not a configuration's own, which is slow
 
 
 class _Part:
@@ -136,8 +137,23 @@ def _cut(root: nn.Module, mixers: list[nn.Module], attention: list[nn.Module]) -
         if attending & {owner[inner] for inner in mixers}:
             break  # what runs before attention changes a state, and could not run again
         count = len(layers)
-        return layers, sorted((attending or {count // 16, count // 4, count * 5 // 8}) - {0})
+        return layers, sorted((attending or {count // 32, count // 8, count * 3 // 8}) - {0})
     return [], []
+
+
+class _Config:
+    """What a call reads of a model's configuration, whose attributes take long: read again when it has changed."""
+
+    def __init__(self, config: Any) -> None:
+        self._config, self._then = config, dict(_attribute(config, "__dict__"))
+        self.use_cache = getattr(config, "use_cache", True)
+        self.experts = getattr(config, "_experts_implementation", None)
+        self.return_dict = getattr(config, "return_dict", True)
+        self.outputs = [name for name in _OUTPUTS if getattr(config, name, False)]
+
+    def holds(self, config: Any) -> bool:
+        """Whether it is as it was."""
+        return config is self._config and _attribute(config, "__dict__") == self._then
 
 
 class _Bound:
@@ -189,6 +205,7 @@ class Session:
         self._root, self._family = ref(root), family
         self._lock = threading.Lock()
         self._structure: _Structure | None = None
+        self._config: _Config | None = None
         self._fault = ""  # why this structure cannot be recorded
         self._tapes: OrderedDict[Any, tuple[Tape, Tensor, Any]] = OrderedDict()
         self._bound: dict[Any, _Bound] = {}
@@ -247,7 +264,8 @@ class Session:
         if isinstance(states, str):
             return states
         conv, ssm = states[first]  # all states are of one form, or `_look_at` refuses them
-        experts = getattr(root.config, "_experts_implementation", None)
+        assert self._config is not None
+        experts = self._config.experts
         experts = tuple(experts.items()) if isinstance(experts, dict) else experts
         key = (ids.shape[0], ssm.dtype, conv.dtype, ssm.shape, ssm.stride(), conv.stride(), experts)
         recorded = self._tapes.get(key)
@@ -329,6 +347,9 @@ class Session:
             return "the caller captures a CUDA graph"
         if nn.modules.module._has_any_global_hook():
             return "global module hooks"
+        config = self._config
+        if config is None or not config.holds(root.config):
+            config = self._config = _Config(root.config)
         for name, value in arguments.items():
             if name in _NEUTRAL:
                 if not any(value is neutral for neutral in _NEUTRAL[name]):
@@ -337,15 +358,14 @@ class Session:
                 if type(value) is not int:
                     return "argument logits_to_keep"
             elif name == "use_cache":
-                if not (root.config.use_cache if value is None else value):
+                if not (config.use_cache if value is None else value):
                     return "argument use_cache"
             elif name not in ("attention_mask", "position_ids"):
                 return f"argument {name}"
-        config = root.config
-        if not getattr(config, "return_dict", True) and arguments.get("return_dict") is None:
+        if not config.return_dict and arguments.get("return_dict") is None:
             return "config.return_dict"
-        for name in _OUTPUTS:
-            if getattr(config, name, False) and arguments.get(name) is None:
+        for name in config.outputs:
+            if arguments.get(name) is None:
                 return f"config.{name}"
         return ""
 

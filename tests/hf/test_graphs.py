@@ -372,6 +372,29 @@ def test_calls_that_stay_eager(mamba2: nn.Module) -> None:
     assert graphs(fast).replays == 0
 
 
+def test_changed_configuration(mamba2: nn.Module) -> None:
+    """What it asks for is looked up at every call."""
+    eager, fast = pair(mamba2)
+    expected = decode(eager)
+    decode(fast)
+    for name, value in (("output_hidden_states", True), ("return_dict", False)):
+        before = getattr(fast.config, name)
+        _, cache = run(fast, tokens(2, 5))
+        setattr(fast.config, name, value)
+        with torch.no_grad():
+            output = fast(tokens(2, 1), use_cache=True, cache_params=cache)
+        assert isinstance(output, tuple) if name == "return_dict" else len(output.hidden_states) == 4
+        assert graphs(fast).eager_calls[f"config.{name}"] == 1
+        setattr(fast.config, name, before)
+    _, cache = run(fast, tokens(2, 5))
+    fast.config.use_cache = False
+    with torch.no_grad():
+        fast(tokens(2, 1), cache_params=cache, use_cache=None)
+    fast.config.use_cache = True
+    assert graphs(fast).eager_calls["argument use_cache"] == 1
+    assert_same(decode(fast), expected)
+
+
 def test_failed_recording(main_model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     """The calls run without graphs, the reason is in the report, and no state was touched."""
     eager, fast = pair(main_model)
