@@ -242,10 +242,9 @@ _launch_up = Launcher(_up_kernel)
 _launch_experts = Launcher(_experts_kernel)
 _launch_down = Launcher(_down_kernel)
 
-_UP_ROWS = 8
-"""Rows of a weight that a block takes."""
-_EXPERT_ROWS = 8
-_DOWN_ROWS = 8
+_ROWS = 8, 8, 8
+"""Rows of a weight that a block of each kernel takes."""
+_ROWS_WITH_EXPERTS = 2, 4, 4
 _WARPS = 4
 
 
@@ -283,30 +282,31 @@ def mlp_step(
     options = {"launch_pdl": True} if overlap else {}
     padded = triton.next_power_of_2(max(experts, 1))
     norm = None if norm_weight is None else norm_weight.contiguous()
+    up_rows, expert_rows, down_rows = _ROWS_WITH_EXPERTS if experts else _ROWS
     _launch_up(
-        (triton.cdiv(inner, _UP_ROWS) + triton.cdiv(experts, _UP_ROWS), batch, 1),
+        (triton.cdiv(inner, up_rows) + triton.cdiv(experts, up_rows), batch, 1),
         (x, in_weight, norm, router_weight, h, routed, counter),
         (norm_eps, x.stride(0), width),
-        (size, inner, experts, padded, top_k, aligned, _UP_ROWS, _columns(size), overlap),
+        (size, inner, experts, padded, top_k, aligned, up_rows, _columns(size), overlap),
         num_warps=_WARPS,
         **options,
     )
     if experts:
         _launch_experts(
-            (triton.cdiv(expert, _EXPERT_ROWS) * top_k, batch, 1),
+            (triton.cdiv(expert, expert_rows) * top_k, batch, 1),
             (x, expert_in_weight, norm, routed, h),
             (norm_eps, x.stride(0), width),
-            (size, inner, expert, experts, top_k, aligned, _EXPERT_ROWS, _columns(size), overlap),
+            (size, inner, expert, experts, top_k, aligned, expert_rows, _columns(size), overlap),
             num_warps=_WARPS,
             **options,
         )
     _launch_down(
-        (triton.cdiv(size, _DOWN_ROWS), batch, 1),
+        (triton.cdiv(size, down_rows), batch, 1),
         (h, out_weight, expert_out_weight, routed, residual, out),
         (1.0 if residual_scale is None else float(residual_scale), width, 0 if residual is None else x.stride(0)),
         (
             *(size, inner, expert, experts, top_k, aligned),
-            *(_DOWN_ROWS, _columns(inner), _columns(expert), overlap),
+            *(down_rows, _columns(inner), _columns(expert), overlap),
         ),
         num_warps=_WARPS,
         **options,
