@@ -78,44 +78,45 @@ def _advance(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def prefetch(ptr):
+    """Bring what is at these addresses into the L2 cache."""
+    gl.inline_asm_elementwise(
+        "{prefetch.global.L2 [$1]; mov.b32 $0, 0;}", "=r,l", [ptr], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def load_chunk(
+    x_desc, B_desc, C_desc, z_desc, xs, Bs, Cs, zs, bar, stage, b, first, v, g, i, summed,
+    N: gl.constexpr, PAIR: gl.constexpr, GATED: gl.constexpr,
+):  # fmt: skip
+    """Start copying what chunk i of both passes needs into a stage."""
+    t = first + gl.where(i < summed, i, i - summed) * Q
+    walking = i >= summed
+    mbarrier.expect(bar, (N + PAIR * Q) * Q * 2, pred=i < summed)
+    mbarrier.expect(bar, (2 * N + (2 if GATED else 1) * PAIR * Q) * Q * 2, pred=walking)
+    tma.async_copy_global_to_shared(B_desc, [b, t, g * N], bar, Bs.index(stage))
+    tma.async_copy_global_to_shared(C_desc, [b, t, g * N], bar, Cs.index(stage), pred=walking)
+    for k in gl.static_range(PAIR):
+        slot = stage * PAIR + k
+        tma.async_copy_global_to_shared(x_desc, [b, t, (v + k) * Q], bar, xs.index(slot))
+        if GATED:
+            tma.async_copy_global_to_shared(z_desc, [b, t, (v + k) * Q], bar, zs.index(slot), pred=walking)
+
+
+@gluon.jit
 def load_role(
-    x_desc,
-    B_desc,
-    C_desc,
-    z_desc,
-    xs,
-    Bs,
-    Cs,
-    zs,
-    full,
-    empty,
-    b,
-    first,
-    v,
-    g,
-    summed,
-    chunks,
-    N: gl.constexpr,
-    PAIR: gl.constexpr,
-    GATED: gl.constexpr,
-    STAGES: gl.constexpr,
-):
-    stage = 0
+    x_desc, B_desc, C_desc, z_desc, xs, Bs, Cs, zs, full, empty, b, first, v, g, summed, chunks,
+    N: gl.constexpr, PAIR: gl.constexpr, GATED: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    # In a block of one slice the first chunk's has been started before there were roles.
+    FIRST: gl.constexpr = 1 if PAIR == 1 else 0
+    stage = FIRST
     phase = 0
-    for i in range(summed + chunks):
-        t = first + gl.where(i < summed, i, i - summed) * Q
-        walking = i >= summed
-        bar = full.index(stage)
+    for i in range(FIRST, summed + chunks):
         mbarrier.wait(empty.index(stage), phase ^ 1)
-        mbarrier.expect(bar, (N + PAIR * Q) * Q * 2, pred=i < summed)
-        mbarrier.expect(bar, (2 * N + (2 if GATED else 1) * PAIR * Q) * Q * 2, pred=walking)
-        tma.async_copy_global_to_shared(B_desc, [b, t, g * N], bar, Bs.index(stage))
-        tma.async_copy_global_to_shared(C_desc, [b, t, g * N], bar, Cs.index(stage), pred=walking)
-        for k in gl.static_range(PAIR):
-            slot = stage * PAIR + k
-            tma.async_copy_global_to_shared(x_desc, [b, t, (v + k) * Q], bar, xs.index(slot))
-            if GATED:
-                tma.async_copy_global_to_shared(z_desc, [b, t, (v + k) * Q], bar, zs.index(slot), pred=walking)
+        load_chunk(x_desc, B_desc, C_desc, z_desc, xs, Bs, Cs, zs, full.index(stage), stage, b, first, v, g, i, summed,
+                   N, PAIR, GATED)  # fmt: skip
         stage, phase = _advance(stage, phase, STAGES)
 
 

@@ -35,7 +35,9 @@ from fastmamba.kernels._ssd_hopper_roles import (
     ROWS,
     Q,
     decays_role,
+    load_chunk,
     load_role,
+    prefetch,
     scores_role,
     store_role,
     sync_threads,
@@ -141,8 +143,21 @@ def _kernel(
     unscored = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     unready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    dt_at = dt_ptr + b.to(gl.int64) * stride_dt_b + first.to(gl.int64) * stride_dt_t
+    dt0 = dt_at + head0 * stride_dt_h
+    dt1 = dt_at + head1 * stride_dt_h
+    if PAIR == 1:
+        # What the first chunk waits for is on its way before anything else: dt, then x, B and C.
+        early = gl.minimum(gl.arange(0, GROUP * Q, gl.BlockedLayout([1], [32], [4], [0])), tokens - 1)
+        prefetch(dt0 + early.to(gl.int64) * stride_dt_t)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
+    if PAIR == 1:
+        fence_async_shared()
+        sync_threads()
+        load_chunk(x_desc, B_desc, C_desc, z_desc, xs, Bs, Cs, zs, full.index(0), 0, b, first, v, g, 0, summed, N, PAIR,
+                   GATED)  # fmt: skip
+    for i in gl.static_range(STAGES):
         mbarrier.init(empty.index(i), count=1 + PAIR)  # the scores and the walkers
     mbarrier.init(walking, count=PAIR)
     for i in gl.static_range(2):
@@ -164,9 +179,6 @@ def _kernel(
     flag1 = sync_ptr + 1 + (b * slices + v1) * segments + seg
     D0 = head0 * stride_D_h + v % SLICES * Q * stride_D_p
     D1 = head1 * stride_D_h + v1 % SLICES * Q * stride_D_p
-    dt_at = dt_ptr + b.to(gl.int64) * stride_dt_b + first.to(gl.int64) * stride_dt_t
-    dt0 = dt_at + head0 * stride_dt_h
-    dt1 = dt_at + head1 * stride_dt_h
 
     # fmt: off
     if PAIR == 2:

@@ -125,11 +125,20 @@ def test_a_strong_decay_underflows_without_nan() -> None:
     check(case)
 
 
-def test_what_the_copy_engine_cannot_read_goes_to_the_portable_kernel() -> None:
+def test_x_that_the_copy_engine_cannot_read_is_copied() -> None:
     case = ssd_case(1, 100, 2, 64, 1, 128, dtype=torch.bfloat16, device="cuda")
     spread = torch.full((*case.x.shape, 2), torch.nan, device="cuda", dtype=torch.bfloat16)
     spread[..., 0] = case.x
     case.x = spread[..., 0]
+    check(case)
+
+
+def test_a_gate_that_the_copy_engine_cannot_read_goes_to_the_portable_kernel() -> None:
+    case = ssd_case(1, 100, 2, 64, 1, 128, dtype=torch.bfloat16, device="cuda", gate=True)
+    assert case.z is not None
+    spread = torch.full((*case.z.shape, 2), torch.nan, device="cuda", dtype=torch.bfloat16)
+    spread[..., 0] = case.z
+    case.z = spread[..., 0]
     y, final = ssd(*case.arguments(), **case.keywords(), backend="triton")
     (y_oracle, final_oracle), (y_plain, final_plain) = case.oracle(), case.plain()
     assert_golden(y, y_plain, y_oracle)
