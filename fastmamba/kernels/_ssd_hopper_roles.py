@@ -26,6 +26,8 @@ Q = gl.constexpr(64)  # tokens of a chunk; also the channels of a slice
 
 _RENAMED = gl.constexpr(hasattr(gl, "barrier"))  # what Triton 3.6 still calls thread_barrier, and _reinterpret
 sync_threads = gl.barrier if _RENAMED.value else gl.thread_barrier
+_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
 # What the decays warp leaves for each slice of a chunk: rows of 64 float32.
 _CUM = gl.constexpr(0)  # log2 of the decay since the chunk began, at token t
@@ -95,13 +97,13 @@ def load_chunk(
     walking = i >= summed
     mbarrier.expect(bar, (N + PAIR * Q) * Q * 2, pred=i < summed)
     mbarrier.expect(bar, (2 * N + (2 if GATED else 1) * PAIR * Q) * Q * 2, pred=walking)
-    tma.async_copy_global_to_shared(B_desc, [b, t, g * N], bar, Bs.index(stage))
-    tma.async_copy_global_to_shared(C_desc, [b, t, g * N], bar, Cs.index(stage), pred=walking)
+    _load(B_desc, [b, t, g * N], bar, Bs.index(stage))
+    _load(C_desc, [b, t, g * N], bar, Cs.index(stage), pred=walking)
     for k in gl.static_range(PAIR):
         slot = stage * PAIR + k
-        tma.async_copy_global_to_shared(x_desc, [b, t, (v + k) * Q], bar, xs.index(slot))
+        _load(x_desc, [b, t, (v + k) * Q], bar, xs.index(slot))
         if GATED:
-            tma.async_copy_global_to_shared(z_desc, [b, t, (v + k) * Q], bar, zs.index(slot), pred=walking)
+            _load(z_desc, [b, t, (v + k) * Q], bar, zs.index(slot), pred=walking)
 
 
 @gluon.jit
@@ -306,9 +308,9 @@ def store_role(y_desc, ys, ready, unready, b, first, v, second, chunks, PAIR: gl
             mbarrier.wait(ready.index(place), lap)
             fence_async_shared()
             if k == 0:
-                tma.async_copy_shared_to_global(y_desc, [b, first + c * Q, v * Q], ys.index(place))
+                _store(y_desc, [b, first + c * Q, v * Q], ys.index(place))
             elif second:
-                tma.async_copy_shared_to_global(y_desc, [b, first + c * Q, (v + 1) * Q], ys.index(place))
+                _store(y_desc, [b, first + c * Q, (v + 1) * Q], ys.index(place))
             place, lap = _advance(place, lap, 2)
         tma.store_wait(0)
         for k in gl.static_range(PAIR):
