@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastmamba.configs import ssd_config
 from fastmamba.kernels import ssd_portable
-from fastmamba.kernels._launch import unit_stride
+from fastmamba.kernels.token_major import token_major
 
 
 def ssd(
@@ -41,7 +41,7 @@ def ssd(
     groups, width = B.shape[2:]
     if x.dtype != torch.float32:
         # What F.conv1d leaves is channel-major. A copy is dear, but dearer are a copy and the slower kernel.
-        x, B, C = unit_stride(x), unit_stride(B), unit_stride(C)
+        x, B, C = token_major(x), token_major(B), token_major(C)
     config = ssd_config(
         x.device,
         x.dtype,
