@@ -143,17 +143,22 @@ def test_options(options: dict[str, Any], backend: str, device: torch.device) ->
 
 
 @pytest.mark.parametrize("gate", ["before", "after"])
-def test_scan_output_beyond_float16(gate: str, backend: str, device: torch.device) -> None:
+@pytest.mark.parametrize(
+    "shape", [(2, 40, 4, 16, 2, 16), pytest.param((1, 300, 8, 64, 2, 128), marks=pytest.mark.gpu)], ids=str
+)
+def test_scan_output_beyond_float16(shape: Any, gate: str, backend: str, device: torch.device) -> None:
     """The norm takes what float16 could not hold."""
-    case = make(dtype=torch.float16, device=device, initial=True, gate=gate)
+    _, _, heads, head_dim, groups, width = shape
+    inner = heads * head_dim
+    case = make(*shape, dtype=torch.float16, device=device, initial=True, gate=gate)
     case.options["initial_states"] *= 1e4
-    case.weights["conv_weight"][96:] *= 4  # C
+    case.weights["conv_weight"][inner + groups * width :] *= 4  # C
     case.weights["norm_weight"] = None
     largest = Case(case.projected, case.weights, case.head_dim, {**case.options, "gate": "none"}).plain(torch.float64)[
         0
     ]
     assert largest.abs().amax() > 2 * torch.finfo(torch.float16).max
-    case.weights["norm_weight"] = torch.linspace(0.5, 2, 64, device=device)
+    case.weights["norm_weight"] = torch.linspace(0.5, 2, inner, device=device)
     oracle, final = case.plain(torch.float64)
     y, states = case.run(backend=backend)
     assert_golden(y, oracle.half(), oracle)
