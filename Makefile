@@ -1,5 +1,5 @@
 # Each of these makes what it needs under .venv from a bare Python, and costs nothing to run again:
-#   make test    the tests, on the newest and on the lowest supported transformers
+#   make test    the tests, on the newest and (but for those of the scripts) on the lowest supported transformers
 #   make check   format, lint, types
 #   make demo    time prefill, original against patched: table, plot, JSON
 #   make quality lm-eval and next-token distributions, original against patched: table, plot, JSON
@@ -29,7 +29,7 @@ help:
 # Two workers of one thread each are faster than one of two threads.
 test: $(VENV)/test.stamp $(LOWEST)/stamp
 	$(TESTING) $(VENV)/bin/python -m pytest --numprocesses 2 $(ARGS)
-	$(TESTING) $(LOWEST)/bin/python -m pytest --numprocesses 2 $(ARGS)
+	$(TESTING) $(LOWEST)/bin/python -m pytest --numprocesses 2 --ignore tests/evals --ignore tests/examples $(ARGS)
 
 check: $(VENV)/dev.stamp
 	$(VENV)/bin/ruff format --check .

@@ -83,6 +83,8 @@ def check(case: dict[str, Any], backend: str) -> None:
     ids=str,
 )
 def test_against_plain(shape: tuple[int, ...], dtype: torch.dtype, backend: str, device: torch.device) -> None:
+    if shape[0] == 300 and dtype == torch.float16 and backend == "triton" and device.type == "cpu":
+        pytest.skip("ten seconds in the interpreter, and bfloat16 takes the same way")
     check(make(*shape, dtype=dtype, device=device), backend)
 
 
@@ -101,6 +103,7 @@ def test_options(options: dict[str, Any], backend: str, device: torch.device) ->
     check(make(**{"experts": 5, **options}, device=device), backend)
 
 
+@pytest.mark.usefixtures("few_blocks")
 def test_choice_of_experts(backend: str, device: torch.device) -> None:
     """Rows choose for themselves; equal logits, minus infinity and NaN choose some expert, within bounds."""
     case = make(experts=8, top_k=3, batch=6, device=device)
