@@ -11,17 +11,27 @@ import os
 import pytest
 import torch
 
+from tests.versions import LOWEST
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
+    # Triton's interpreter takes most of the tests' time, and operations know no transformers.
+    once = pytest.mark.skip(reason="half precision in Triton's interpreter: on the newest transformers alone")
     for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
         if "gpu" in item.keywords:
             item.add_marker(skip)
+        elif LOWEST and parameters.get("backend") == "triton" and parameters.get("dtype") in _HALF:
+            item.add_marker(once)
 
 
 @pytest.fixture(params=["torch", "triton"])

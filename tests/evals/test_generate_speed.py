@@ -7,8 +7,6 @@ import pathlib
 from typing import Any
 
 import pytest
-import transformers
-from packaging.version import Version
 
 from evals import generate, generate_report, generate_speed, shapes
 
@@ -27,10 +25,6 @@ def test_run(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "x in all" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.21"),
-    reason="once is enough: what is reported depends on no transformers",
-)
 def test_short_runs_of_the_original(tmp_path: pathlib.Path) -> None:
     """It generates all tokens in the first case alone, and long prompts are not its affair."""
     arguments = "--model mamba2-130m --layers 2 --tokens 8,16,32 --new-tokens 4 --slow-tokens 2 --device cpu"

@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
-from packaging.version import Version
 
 import fastmamba.ops  # noqa: F401
 from evals.quality import rules
@@ -22,11 +20,11 @@ from evals.quality.__main__ import _parser, _variants, main
 from evals.quality.compare import TaskResult, compare, jackknife, mean
 from evals.quality.drift import cuts, positions
 from evals.quality.evaluate import label_of
+from tests.versions import LOWEST
 
 ROOT = Path(__file__).parents[2]
-OLD = Version(transformers.__version__) < Version("5.21")
 # To 5.20 transformers' own scan takes ten times as long, and at 4,096 tokens over 10 GiB.
-slow = pytest.mark.skipif(OLD, reason="too slow for a test with transformers' scan before 5.21")
+slow = pytest.mark.skipif(LOWEST, reason="too slow for a test with transformers' scan before 5.21")
 # What the mixer runs; fastmamba.ops.mixer_prefill is the function of that name.
 PREFILL: Any = sys.modules["fastmamba.ops.mixer_prefill"]
 SOUND_SSD, SOUND_NORM = PREFILL.run_ssd, PREFILL.run_norm
@@ -204,7 +202,7 @@ def test_positions_and_cuts():
     assert cuts(4096)[-1] == 4096 - 64
 
 
-@pytest.mark.parametrize("processes", [1 if OLD else 2])
+@pytest.mark.parametrize("processes", [1 if LOWEST else 2])
 def test_command_line(tmp_path, processes):
     """lm-eval's own command line on a patched model, in one process and under accelerate in two."""
     arguments = [

@@ -12,6 +12,7 @@ from torch import nn
 import fastmamba
 from fastmamba.hf import block_step
 from tests.hf.models import assert_golden, mixers, padding, run, run_exact, skip_if_one_token_fails, tokens
+from tests.versions import LOWEST
 
 SCOPES = ("block", "mixer", "ssd")
 
@@ -142,6 +143,8 @@ def test_triton(model, device):
     skip_if_one_token_fails(model)
     if device == "cpu" and torch.cuda.is_available():
         pytest.skip("the interpreter has to be chosen before triton is imported; here the kernels run on the GPU")
+    if device == "cpu" and LOWEST and not type(model).__name__.startswith(("Mamba2", "Granite")):
+        pytest.skip("siblings in Triton's interpreter: on the newest transformers alone")
     model = model.to(device)
     fast = copy.deepcopy(model)
     report = fastmamba.patch(fast, backend="triton")
