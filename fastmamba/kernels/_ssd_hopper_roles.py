@@ -306,7 +306,7 @@ def store_role(y_desc, ys, ready, unready, b, first, v, second, chunks, PAIR: gl
     for c in range(chunks):
         for k in gl.static_range(PAIR):
             mbarrier.wait(ready.index(place), lap)
-            fence_async_shared()
+            fence_async_shared()  # the copy engine reads what the walkers wrote, who need not wait for this fence
             if k == 0:
                 _store(y_desc, [b, first + c * Q, v * Q], ys.index(place))
             elif second:
