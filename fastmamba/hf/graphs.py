@@ -8,13 +8,10 @@ cache's states are, where the weights are, modules that were exchanged, hooks.
 from __future__ import annotations
 
 import functools
-import itertools
 import threading
 import types
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from itertools import repeat
-from operator import is_
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet, ref
 
@@ -25,6 +22,7 @@ from transformers.masking_utils import create_causal_mask
 from fastmamba.hf import recording
 from fastmamba.hf.compat import cache_layer
 from fastmamba.hf.families import Family, match
+from fastmamba.hf.guards import Bound, Config, Structure, states_of
 from fastmamba.hf.pieces import in_pieces
 from fastmamba.hf.report import GraphReport
 from fastmamba.hf.sdpa import without_cudnn
@@ -45,153 +43,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "output_router_logits": (None, False),
     "token_type_ids": (None,),
 }
-_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
 _CHANGED = "the model has changed"
 _BUSY = "another model is being recorded"
-_address = torch.Tensor.data_ptr
-_ref_call = ref.__call__
-_attribute = object.__getattribute__  # not a configuration's own, which is slow
-
-
-class _Part:
-    """Modules of which nothing may change that a tape has baked in: where weights are, which modules, no new hooks."""
-
-    def __init__(self, modules: list[nn.Module]) -> None:
-        weights = [tensors for module in modules for tensors in (module._parameters, module._buffers) if tensors]
-        self._tensors = [tensor for tensors in weights for tensor in tensors.values() if tensor is not None]
-        self._addresses = list(map(_address, self._tensors))
-        # Dictionaries are compared by the identity of what they hold. Where tensors differ, == of them raises; with one
-        # element it does not, and addresses are told apart below only for the tensors from before.
-        self._plain = all(tensor.numel() != 1 for tensor in self._tensors)
-        self._now = [*weights, *(module._modules for module in modules if module._modules)]
-        self._then = [dict(content) for content in self._now]
-        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        self._lengths = list(map(len, self._hooks)) if any(self._hooks) else None
-        self._dicts = [module.__dict__ for module in modules]
-        self._forwards = [attributes.get("forward") for attributes in self._dicts]
-
-    def _same(self) -> bool:
-        """Whether the same weights and modules are in place."""
-        if self._plain:
-            return self._now == self._then
-        return all(
-            content.keys() == before.keys() and all(map(is_, content.values(), before.values()))
-            for content, before in zip(self._now, self._then, strict=True)
-        )
-
-    def holds(self) -> bool:
-        """Whether all is as it was. This runs at every call: loops in C alone."""
-        try:
-            return (
-                self._same()
-                and list(map(_address, self._tensors)) == self._addresses
-                and (not any(self._hooks) if self._lengths is None else list(map(len, self._hooks)) == self._lengths)
-                and list(map(dict.get, self._dicts, repeat("forward"))) == self._forwards
-            )
-        except (TypeError, RuntimeError):  # another tensor is there, or nothing has an address on the meta device
-            return False
-
-
-class _Structure:
-    """What tapes have baked in of a model, in parts: each is looked at just before it runs.
-
-    While the host looks at one part, the GPU works on those before it. Part 0 has all that is no layer.
-    """
-
-    def __init__(self, root: nn.Module, mixers: list[Any], attention: list[nn.Module]) -> None:
-        self.layers, self.cuts = _cut(root, mixers, attention)
-        inside = {inner: None for layer in self.layers for inner in layer.modules()}
-        parts = [[module for module in root.modules() if module not in inside]]
-        for start, end in itertools.pairwise([0, *self.cuts, len(self.layers)]):
-            # The part before may have taken this one's first norm already. If that has changed, its result is not used.
-            found = list(dict.fromkeys(inner for layer in self.layers[start:end] for inner in layer.modules()))
-            parts = [parts[0] + found] if start == 0 else [*parts, found]
-        self._parts = list(map(_Part, parts))
-        owned = [set(part) for part in parts]
-        self.indices = [[mixer.layer_idx for mixer in mixers if mixer in part] for part in owned]
-        """Of the mixers, by part."""
-
-    def holds(self, part: int) -> bool:
-        """Whether a part is as it was."""
-        return self._parts[part].holds()
-
-    def holds_all(self) -> bool:
-        """Whether all parts are."""
-        return all(part.holds() for part in self._parts)
-
-
-def _cut(root: nn.Module, mixers: list[nn.Module], attention: list[nn.Module]) -> tuple[list[nn.Module], list[int]]:
-    """The model's list of layers, and those with which a part begins; both empty where it cannot be cut.
-
-    Where there is attention, graphs end anyway, and a part begins with it. A part is looked at while the one before it
-    runs, so the first one is small and others are larger.
-    """
-    for module in root.modules() if mixers else ():
-        if not isinstance(module, nn.ModuleList):
-            continue
-        layers = list(module)
-        owner = {inner: index for index, layer in enumerate(layers) for inner in layer.modules()}
-        if not all(inner in owner for inner in (*mixers, *attention)) or len(set(layers)) != len(layers):
-            continue
-        attending = {owner[inner] for inner in attention}
-        if attending & {owner[inner] for inner in mixers}:
-            break  # what runs before attention changes a state, and could not run again
-        count = len(layers)
-        return layers, sorted((attending or {count // 32, count // 8, count * 3 // 8}) - {0})
-    return [], []
-
-
-class _Config:
-    """What a call reads of a model's configuration, whose attributes take long: read again when it has changed."""
-
-    def __init__(self, config: Any) -> None:
-        self._config, self._then = config, dict(_attribute(config, "__dict__"))
-        self.use_cache = getattr(config, "use_cache", True)
-        self.experts = getattr(config, "_experts_implementation", None)
-        self.return_dict = getattr(config, "return_dict", True)
-        self.outputs = [name for name in _OUTPUTS if getattr(config, name, False)]
-
-    def holds(self, config: Any) -> bool:
-        """Whether it is as it was."""
-        return config is self._config and _attribute(config, "__dict__") == self._then
-
-
-class _Bound:
-    """The cache that a tape is set to: where the states of each part's layers are."""
-
-    def __init__(self, cache: Any, parts: list[list[int]], states: dict[int, tuple[Tensor, Tensor]]) -> None:
-        self.cache = ref(cache)
-        self._parts = []
-        for indices in parts:
-            tensors = [tensor for index in indices for tensor in states[index]]
-            self._parts.append((indices, list(map(ref, tensors)), list(map(_address, tensors))))
-
-    def holds(self, layers: list[Any], part: int) -> bool:
-        """Whether the states of a part are the same tensors in the same place, ready for one more token."""
-        indices, references, addresses = self._parts[part]
-        states = _states(layers, indices)
-        if isinstance(states, str):
-            return False
-        tensors = [tensor for pair in states.values() for tensor in pair]
-        return all(map(is_, map(_ref_call, references), tensors)) and list(map(_address, tensors)) == addresses
-
-
-def _states(layers: list[Any], indices: list[int]) -> dict[int, tuple[Tensor, Tensor]] | str:
-    """The conv state and state of a cache's layers; or why there are none for a tape, empty for a first token."""
-    if indices and len(layers) <= indices[-1]:
-        return ""  # nothing in it yet
-    found = {}
-    try:
-        for index in indices:
-            layer = layers[index]
-            if not layer.has_previous_state[0]:
-                return ""
-            if layer.record_past:
-                return "the cache records its past"
-            found[index] = layer.conv_states[0], layer.recurrent_states[0]
-    except (AttributeError, KeyError, TypeError):
-        return "unknown kind of cache"
-    return found
 
 
 class Session:
@@ -204,11 +57,11 @@ class Session:
     def __init__(self, root: nn.Module, family: Family) -> None:
         self._root, self._family = ref(root), family
         self._lock = threading.Lock()
-        self._structure: _Structure | None = None
-        self._config: _Config | None = None
+        self._structure: Structure | None = None
+        self._config: Config | None = None
         self._fault = ""  # why this structure cannot be recorded
         self._tapes: OrderedDict[Any, tuple[Tape, Tensor, Any]] = OrderedDict()
-        self._bound: dict[Any, _Bound] = {}
+        self._bound: dict[Any, Bound] = {}
         self._refused: dict[Any, str] = {}
         self._capture: Any = None
         self._stream: Any = None
@@ -260,7 +113,7 @@ class Session:
             return self._fault
 
         layers, first = cache.layers, self._indices[0]
-        states = _states(layers, [first])
+        states = states_of(layers, [first])
         if isinstance(states, str):
             return states
         conv, ssm = states[first]  # all states are of one form, or `_look_at` refuses them
@@ -300,13 +153,13 @@ class Session:
         self.clear()
         self._fault = self._survey(root)
         if self._fault:  # every change may remove what stands against recording: all is looked at, at every call
-            self._structure = _Structure(root, [], [])
+            self._structure = Structure(root, [], [])
         else:
-            self._structure = _Structure(root, self._mixers, self._attention)
+            self._structure = Structure(root, self._mixers, self._attention)
 
-    def _set_to(self, root: Any, key: Any, ids: Tensor, cache: Any) -> _Bound | str:
+    def _set_to(self, root: Any, key: Any, ids: Tensor, cache: Any) -> Bound | str:
         """Set a tape to a cache, or make one for it; or say why not."""
-        states = _states(cache.layers, self._indices)
+        states = states_of(cache.layers, self._indices)
         if isinstance(states, str):
             return states
         pairs = list(states.values())
@@ -322,7 +175,7 @@ class Session:
         self._wait()
         self._tapes[key][0].bind(pairs)
         assert self._structure is not None
-        self._bound[key] = _Bound(cache, self._structure.indices, states)
+        self._bound[key] = Bound(cache, self._structure.indices, states)
         return self._bound[key]
 
     def _wait(self) -> None:
@@ -349,7 +202,7 @@ class Session:
             return "global module hooks"
         config = self._config
         if config is None or not config.holds(root.config):
-            config = self._config = _Config(root.config)
+            config = self._config = Config(root.config)
         for name, value in arguments.items():
             if name in _NEUTRAL:
                 if not any(value is neutral for neutral in _NEUTRAL[name]):
