@@ -83,8 +83,8 @@ def check(case: dict[str, Any], backend: str) -> None:
     ids=str,
 )
 def test_against_plain(shape: tuple[int, ...], dtype: torch.dtype, backend: str, device: torch.device) -> None:
-    if shape[0] == 300 and dtype == torch.float16 and backend == "triton" and device.type == "cpu":
-        pytest.skip("ten seconds in the interpreter, and bfloat16 takes the same way")
+    if shape[0] == 300 and dtype != torch.float32 and backend == "triton" and device.type == "cpu":
+        pytest.skip("ten seconds and more in the interpreter; other shapes round to half precision")
     check(make(*shape, dtype=dtype, device=device), backend)
 
 
@@ -120,10 +120,10 @@ def test_choice_of_experts(backend: str, device: torch.device) -> None:
 
 def test_counter_of_the_callers(backend: str, device: torch.device) -> None:
     """Left as it was found, as is ours: the next call is as good."""
-    case = make(size=24, inner=16, experts=20, top_k=3, batch=2, device=device)
+    case = make(size=24, inner=16, experts=6, top_k=3, batch=2, device=device)
     counter = torch.zeros(3, dtype=torch.int32, device=device)
     expected = run(case, backend=backend)
-    for _ in range(3):
+    for _ in range(2):
         assert torch.equal(run(case, counter=counter, backend=backend), expected)
         assert counter.tolist() == [0, 0, 0]
         assert torch.equal(run(case, backend=backend), expected)
