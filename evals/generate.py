@@ -65,10 +65,10 @@ class _Clock:
 
 
 class Measurement:
-    """One model. `phase` hears of each side before it runs, so that a death has an author."""
+    """One model. `tell` hears of each side before it runs, so that a death has an author, and of what came of it."""
 
-    def __init__(self, settings: Settings, name: str, phase: Callable[[str], None]) -> None:
-        self.settings, self.phase = settings, phase
+    def __init__(self, settings: Settings, name: str, tell: Callable[[str, Any], None]) -> None:
+        self.settings, self.tell = settings, tell
         self.device = torch.device(settings.device)
         self.model: Any = prefill.load(
             name, prefill.Settings(settings.device, settings.dtype, settings.layers, seed=settings.seed)
@@ -92,7 +92,7 @@ class Measurement:
         row: dict[str, Any] = {"bytes_per_token": bytes_per_token(self.model, batch, tokens)}
         found: dict[str, torch.Tensor] = {}
         for side in sides:
-            self.phase(side)
+            self.tell("phase", side)
             try:
                 row[side], found[side] = self._side(side, ids, whole)
             except (MemoryError, RuntimeError) as error:
@@ -101,12 +101,13 @@ class Measurement:
                 row[side] = {"status": "out of memory", "message": str(error).splitlines()[0]}
             finally:
                 fastmamba.unpatch(self.model)
+            if "graphs" in found and "patched" in found:
+                shared = min(found["graphs"].shape[1], found["patched"].shape[1])
+                row["same_tokens"] = torch.equal(found["graphs"][:, :shared], found["patched"][:, :shared])
+            self.tell("part", row)
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-        if "graphs" in found and "patched" in found:
-            shared = min(found["graphs"].shape[1], found["patched"].shape[1])
-            row["same_tokens"] = torch.equal(found["graphs"][:, :shared], found["patched"][:, :shared])
         return row
 
     def _side(self, side: str, ids: torch.Tensor, whole: bool) -> tuple[dict[str, Any], torch.Tensor]:
@@ -206,7 +207,7 @@ def _serve(pipe: multiprocessing.connection.Connection, name: str, settings: Set
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        measurement = Measurement(settings, name, lambda side: pipe.send(("phase", side)))
+        measurement = Measurement(settings, name, lambda kind, value: pipe.send((kind, value)))
         pipe.send(("ready", measurement.facts()))
         while (job := pipe.recv()) is not None:
             pipe.send(("row", measurement.row(*job)))
@@ -234,11 +235,11 @@ class _Process:
         self._limit = settings.time_limit
         self.facts: dict[str, Any] = self._answer("ready")
 
-    def row(self, *job: Any) -> dict[str, Any]:
+    def row(self, *job: Any, heard: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         self._pipe.send(job)
-        return self._answer("row")
+        return self._answer("row", heard)
 
-    def _answer(self, wanted: str) -> dict[str, Any]:
+    def _answer(self, wanted: str, heard: Callable[[dict[str, Any]], None] = lambda part: None) -> dict[str, Any]:
         side = None
         while True:
             if not self._pipe.poll(self._limit):
@@ -254,7 +255,10 @@ class _Process:
             if kind == "error":
                 self.close()
                 raise _Died(side, value)
-            side = value
+            if kind == "part":
+                heard(value)
+            else:
+                side = value
 
     def close(self) -> None:
         self._process.kill()
@@ -266,8 +270,11 @@ def measure(
     cases: list[tuple[int, int]],
     settings: Settings,
     ready: Callable[[dict[str, Any]], None] = lambda facts: None,
+    heard: Callable[[dict[str, Any], str], None] = lambda row, side: None,
 ) -> Iterator[dict[str, Any]]:
     """Measure model `name` at each (prompt tokens, batch size); yields one row a case.
+
+    `ready` is given what `Measurement.facts` found, `heard` a row each time that one of its sides is done, and which.
 
     A row has "tokens", "batch", "bytes_per_token", and for each side its outcome: "status" ("ok", "out of memory",
     "crashed", "not run"), "first_ms" (until the user has the first token), "token_ms" (median from one to the next),
@@ -286,6 +293,13 @@ def measure(
             for side, (size, outcome) in failed.items():
                 if tokens * batch >= size and side not in row:
                     row[side] = {"status": "not run", "message": f"{outcome['status']} at {size:,} tokens"}
+
+            def add(part: dict[str, Any], row: dict[str, Any] = row) -> None:
+                new = [side for side in settings.sides if side in part and side not in row]
+                row |= part
+                for side in new:
+                    heard(row, side)
+
             while wanted := tuple(side for side in settings.sides if side not in row):
                 try:
                     if process is None:
@@ -293,7 +307,7 @@ def measure(
                         if not announced:
                             ready(process.facts)
                             announced = True
-                    row |= process.row(tokens, batch, wanted, settings.end_to_end and number == 0)
+                    row |= process.row(tokens, batch, wanted, settings.end_to_end and number == 0, heard=add)
                     break
                 except _Died as death:
                     if process is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,11 @@ def speedup(row: dict[str, Any], side: str, what: str = "token_ms") -> float | N
     return row["original"][what] / row[side][what]
 
 
-def cells(model: dict[str, Any], row: dict[str, Any]) -> list[list[str]]:
+def cells(model: dict[str, Any], row: dict[str, Any], sides: Iterable[str] = tuple(LABELS)) -> list[list[str]]:
     """A line of text for each side of a row."""
     lines = []
     least = floor_ms(model, row)
-    for side in (side for side in LABELS if side in row):
+    for side in (side for side in sides if side in row):
         start = [model["name"], f"{row['tokens']:,}", str(row["batch"]), LABELS[side]]
         found = row[side]
         if found["status"] != "ok":

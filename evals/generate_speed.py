@@ -50,13 +50,19 @@ def main(argv: list[str] | None = None) -> int:
     for name in options.model:
         model: dict[str, Any] = {"name": name + (f", {options.layers} layers" if options.layers else ""), "rows": []}
         record["models"].append(model)
-        try:
-            for row in generate.measure(name, cases, settings, ready=model.update):
+
+        def heard(row: dict[str, Any], side: str, model: dict[str, Any] = model) -> None:
+            """Show and keep a row as far as it has come: a run that is cut off loses the side it was at."""
+            if row not in model["rows"]:
                 model["rows"].append(row)
+            (options.output / "generate_speed.json").write_text(json.dumps(record, indent=1) + "\n")
+            print("  ".join(generate_report.cells(model, row, (side,))[0]), flush=True)
+
+        try:
+            for row in generate.measure(name, cases, settings, model.update, heard):
+                if row not in model["rows"]:  # none of its sides was run
+                    model["rows"].append(row)
                 faults += judge(model["name"], row)
-                (options.output / "generate_speed.json").write_text(json.dumps(record, indent=1) + "\n")
-                for line in generate_report.cells(model, row):
-                    print("  ".join(line), flush=True)
         except RuntimeError as error:
             faults.append(str(error))
     record["passed"] = not faults

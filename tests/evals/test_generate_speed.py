@@ -22,7 +22,9 @@ def test_run(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None
         for side in generate.SIDES:
             assert row[side]["status"] == "ok" and row[side]["token_ms"] > 0
     assert record["passed"] is True and (tmp_path / "generate_speed.png").stat().st_size > 0
-    assert "x in all" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "x in all" in printed
+    assert printed.count("granite-4.0-h-350m") == 2 * 9  # each side when it is done, and all of them in the table
 
 
 def test_short_runs_of_the_original(tmp_path: pathlib.Path) -> None:
