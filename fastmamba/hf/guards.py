@@ -88,7 +88,7 @@ def _cut(root: nn.Module, mixers: list[nn.Module], attention: list[nn.Module]) -
     """The model's list of layers, and those with which a part begins; both empty where it cannot be cut.
 
     Where there is attention, graphs end anyway, and a part begins with it. A part is looked at while the one before it
-    runs, so the first one is small and others are larger.
+    runs, so the first ones are small and others are larger.
     """
     for module in root.modules() if mixers else ():
         if not isinstance(module, nn.ModuleList):
@@ -101,7 +101,8 @@ def _cut(root: nn.Module, mixers: list[nn.Module], attention: list[nn.Module]) -
         if attending & {owner[inner] for inner in mixers}:
             break  # what runs before attention changes a state, and could not run again
         count = len(layers)
-        return layers, sorted((attending or {count // 32, count // 8, count * 3 // 8}) - {0})
+        growing = {cut for cut in (count // 32, count // 8, count * 3 // 8) if cut < min(attending, default=count)}
+        return layers, sorted((attending | growing) - {0})
     return [], []
 
 

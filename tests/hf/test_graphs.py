@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastmamba
+from fastmamba.hf import guards
 from fastmamba.hf.graphs import Session
 from tests.hf import fake_graphs
 from tests.hf.models import build, mixers, padding, run, tokens
@@ -71,6 +72,17 @@ def assert_same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
 @pytest.fixture(params=GRAPHED)
 def graphed(request: pytest.FixtureRequest) -> nn.Module:
     return build(request.param)
+
+
+@pytest.mark.parametrize(
+    ("attending", "cuts"), [((), [1, 5, 15]), ((5, 15, 25, 35), [1, 5, 15, 25, 35]), ((0, 20), [20])]
+)
+def test_parts_grow(attending: tuple[int, ...], cuts: list[int]) -> None:
+    """What is looked at before the first launch is little, in a hybrid too."""
+    layers = nn.ModuleList([nn.Sequential(nn.Identity()) for _ in range(40)])
+    attention = [layers[i][0] for i in attending]
+    mixers = [layer[0] for layer in layers if layer[0] not in attention]
+    assert guards._cut(nn.ModuleDict({"layers": layers}), mixers, attention)[1] == cuts
 
 
 def test_same_bits(graphed: nn.Module) -> None:
