@@ -443,6 +443,11 @@ own_stood: WeakSet[Any] = WeakSet()
 """Those that took the place of the class's own forward in a model's __dict__, where unpickling leaves it."""
 
 
+def remember(function: Any) -> None:
+    """Count a function, which takes no tapes itself, among those that `made` knows."""
+    _forwards[function] = (False, None)
+
+
 def made(function: object) -> tuple[bool, int | None] | None:
     """Whether a forward that `make_forward` made takes tapes, and the most tokens of a call; None of any other."""
     return _forwards.get(function) if isinstance(function, types.FunctionType) else None

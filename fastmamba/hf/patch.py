@@ -221,7 +221,8 @@ def _roots(model: nn.Module) -> Iterator[tuple[Any, Family]]:
 
 
 def _bind_roots(model: nn.Module, scope: str, tapes: bool, most: int | None) -> None:
-    from fastmamba.hf.graphs import make_forward, own_stood
+    from fastmamba.hf.graphs import make_forward, own_stood, remember
+    from fastmamba.hf.inputs import NAME, make_prepare
 
     for root, family in _roots(model):
         slot = slot_of(root)
@@ -233,14 +234,24 @@ def _bind_roots(model: nn.Module, scope: str, tapes: bool, most: int | None) -> 
             if slot in root.__dict__:
                 own_stood.add(function)
             bind(root, slot, function)
+            prepare = make_prepare(type(root), family) if tapes else None
+            if prepare is not None and root.__dict__.get(NAME) in (None, getattr(type(root), NAME).__get__(root)):
+                remember(prepare)
+                if NAME in root.__dict__:
+                    own_stood.add(prepare)
+                bind(root, NAME, prepare)
 
 
 def _bound_roots(model: nn.Module) -> Iterator[tuple[Any, str, Any]]:
-    """The models whose forward is one of `make_forward`, the key of __dict__ that holds it, and it."""
+    """The models whose forward is one of `make_forward`, the key of __dict__ that holds it, and it.
+
+    And what prepares their inputs, under its own name.
+    """
     from fastmamba.hf.graphs import made
+    from fastmamba.hf.inputs import NAME
 
     for root, _ in _roots(model):
-        for slot in ("_old_forward", "forward"):
+        for slot in ("_old_forward", "forward", NAME):
             bound = root.__dict__.get(slot)
             if made(getattr(bound, "__func__", None)) is not None:
                 yield root, slot, bound
@@ -252,10 +263,11 @@ def _unbind_roots(model: nn.Module) -> None:
     for root, slot, bound in list(_bound_roots(model)):
         graphs.forget(root)
         pieces.forget(root)
-        if slot == "forward" and bound.__func__ not in graphs.own_stood:
+        if slot != "_old_forward" and bound.__func__ not in graphs.own_stood:
             del root.__dict__[slot]
             continue
-        own = root.__dict__[slot] = types.MethodType(type(root).forward, root)
+        name = "forward" if slot == "_old_forward" else slot
+        own = root.__dict__[slot] = types.MethodType(getattr(type(root), name), root)
         wrapper = root.__dict__.get("forward")
         if getattr(wrapper, "__wrapped__", None) == bound:  # accelerate's wrapper, made while ours was bound
             functools.update_wrapper(wrapper, own)
