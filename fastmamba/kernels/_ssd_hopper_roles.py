@@ -2,11 +2,14 @@
 
 The roles meet at mbarriers in shared memory, in pairs, one for each direction:
 
-    full, empty        a stage holds a chunk of x, B, C and z; all its readers are through with it
+    full, walked       a stage holds a chunk of x, B, C and z; the walkers are through with the chunk
     known, unknown     the decays of four chunks are there; nobody needs them any more
-    scored, unscored   G of a chunk is there; the walkers have multiplied with it
-    ready, unready     y of a chunk is there; it is on its way to global memory
-    walking            the walkers are through with the first pass (in which the scores have no part)
+    scored, walked     G of a chunk is there
+    walked, unready    y of a chunk is there; it is on its way to global memory
+    walking            the walkers are through with the first pass (in which the scores and the store have no part)
+
+A walker's arrival at a barrier costs it one of its own warps', and the walkers are what a block waits for: so they have
+one for a chunk, `walked`, which tells the loader, the scores and the store.
 """
 
 from __future__ import annotations
@@ -108,7 +111,7 @@ def load_chunk(
 
 @gluon.jit
 def load_role(
-    x_desc, B_desc, C_desc, z_desc, xs, Bs, Cs, zs, full, empty, b, first, v, g, summed, chunks,
+    x_desc, B_desc, C_desc, z_desc, xs, Bs, Cs, zs, full, walked, b, first, v, g, summed, chunks,
     N: gl.constexpr, PAIR: gl.constexpr, GATED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     # In a block of one slice the first chunk's has been started before there were roles.
@@ -116,7 +119,7 @@ def load_role(
     stage = FIRST
     phase = 0
     for i in range(FIRST, summed + chunks):
-        mbarrier.wait(empty.index(stage), phase ^ 1)
+        mbarrier.wait(walked.index(stage), phase ^ 1)
         load_chunk(x_desc, B_desc, C_desc, z_desc, xs, Bs, Cs, zs, full.index(stage), stage, b, first, v, g, i, summed,
                    N, PAIR, GATED)  # fmt: skip
         stage, phase = _advance(stage, phase, STAGES)
@@ -228,11 +231,10 @@ def scores_role(
     G0,
     G1,
     full,
-    empty,
     known,
     unknown,
     scored,
-    unscored,
+    walked,
     walking,
     summed,
     chunks,
@@ -251,16 +253,23 @@ def scores_role(
         mbarrier.wait(walking, 0)
     stage = summed % STAGES
     phase = summed // STAGES & 1
+    before = stage  # where the chunk before the last was
+    passed = phase
     groups = (summed + GROUP - 1) // GROUP
     group = groups & 1
+    unneeded = group
     turn = groups // 2 & 1
     buffer = 0
-    lap = 0
     for c in range(chunks):
         mbarrier.wait(full.index(stage), phase)
         products = _products(Bs, Cs, stage, N, mma)
         mbarrier.wait(known.index(group), turn)
-        mbarrier.wait(unscored.index(buffer), lap ^ 1)
+        mbarrier.wait(walked.index(before), passed, pred=c >= 2)  # G's place is free
+        if c >= 2:
+            before, passed = _advance(before, passed, STAGES)
+            if c % GROUP == 1:  # the walkers were at the last of four chunks
+                mbarrier.arrive(unknown.index(unneeded), count=PAIR)
+                unneeded ^= 1
         scores = gl.where(causal, warpgroup_mma_wait(0, [products]), 0.0)  # [t, s]
         for k in gl.static_range(PAIR):
             cum = _numbers(nums, k, group, c, _CUM).load(gl.SliceLayout(1, mma))
@@ -277,12 +286,10 @@ def scores_role(
                 G1.index(buffer).store(G)
         fence_async_shared()
         mbarrier.arrive(scored.index(buffer), count=1)
-        mbarrier.arrive(empty.index(stage), count=1)
         stage, phase = _advance(stage, phase, STAGES)
         if c % GROUP == GROUP - 1:
-            mbarrier.arrive(unknown.index(group), count=1)
             group, turn = _advance(group, turn, 2)
-        buffer, lap = _advance(buffer, lap, 2)
+        buffer ^= 1
 
 
 @gluon.jit
@@ -293,25 +300,43 @@ def _fetch(k: gl.constexpr, xs, full, stage, phase, there, PAIR: gl.constexpr, l
 
 
 @gluon.jit
-def _weigh(k: gl.constexpr, xT, nums, group, c):
-    """x^T times its weights in the state after the chunk, in the first pass in that after four chunks."""
-    left = _numbers(nums, k, group, c, _LEFT).load(gl.SliceLayout(0, xT.type.layout))
-    return (xT.to(gl.float32) * left[None, :]).to(xT.dtype)
+def _widen(xT):
+    """x^T in float32; two bfloat16 of a register are told apart by an instruction each."""
+    if xT.dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "{shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;}", "=r,=r,r", [xT], dtype=gl.float32, is_pure=True, pack=2
+        )
+    else:
+        return xT.to(gl.float32)
 
 
 @gluon.jit
-def store_role(y_desc, ys, ready, unready, b, first, v, second, chunks, PAIR: gl.constexpr):
+def _weigh(k: gl.constexpr, xT, nums, group, c, dtype: gl.constexpr):
+    """x^T times its weights in the state after the chunk, in the first pass in that after four chunks."""
+    left = _numbers(nums, k, group, c, _LEFT).load(gl.SliceLayout(0, xT.type.layout))
+    return (xT.to(gl.float32) * left[None, :]).to(dtype)
+
+
+@gluon.jit
+def store_role(
+    y_desc, ys, walked, unready, walking, b, first, v, second, summed, chunks,
+    PAIR: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    if SPLIT:
+        mbarrier.wait(walking, 0)
     place = 0
-    lap = 0
+    stage = summed % STAGES
+    phase = summed // STAGES & 1
     for c in range(chunks):
+        mbarrier.wait(walked.index(stage), phase)
+        stage, phase = _advance(stage, phase, STAGES)
+        fence_async_shared()  # the copy engine reads what the walkers wrote, who need not wait for this fence
         for k in gl.static_range(PAIR):
-            mbarrier.wait(ready.index(place), lap)
-            fence_async_shared()  # the copy engine reads what the walkers wrote, who need not wait for this fence
             if k == 0:
                 _store(y_desc, [b, first + c * Q, v * Q], ys.index(place))
             elif second:
                 _store(y_desc, [b, first + c * Q, (v + 1) * Q], ys.index(place))
-            place, lap = _advance(place, lap, 2)
+            place ^= 1
         tma.store_wait(0)
         for k in gl.static_range(PAIR):
             mbarrier.arrive(unready.index(place ^ 1 if PAIR == 1 else k), count=1)
@@ -334,12 +359,10 @@ def walk_role(
     G,
     ys,
     full,
-    empty,
     known,
     unknown,
     scored,
-    unscored,
-    ready,
+    walked,
     unready,
     walking,
     own,  # whether the slice is there: a group of an odd number of slices leaves one over
@@ -381,15 +404,15 @@ def walk_role(
             decay *= total
             state *= total[:, None]
             for c in range(g * GROUP, gl.minimum(g * GROUP + GROUP, summed)):
-                weighted = _weigh(k, xT, nums, group, c)
+                weighted = _weigh(k, xT, nums, group, c, dtype)
                 sum = warpgroup_mma(weighted, Bs.index(stage).reshape([Q, N]), state, is_async=True)
                 used = stage
                 stage, phase = _advance(stage, phase, STAGES)
                 # while the product runs
                 xT = _fetch(k, xs, full, stage, phase, c + 1 < summed, PAIR, narrow)
                 state = warpgroup_mma_wait(0, [sum])
-                mbarrier.arrive(empty.index(used), count=2 if k == 0 else 1)
-            mbarrier.arrive(unknown.index(group), count=2 if k == 0 else 1)  # for the scores, too
+                mbarrier.arrive(walked.index(used), count=1)
+            mbarrier.arrive(unknown.index(group), count=1)
             group, turn = _advance(group, turn, 2)
         mbarrier.arrive(walking, count=1)
         if own:
@@ -419,11 +442,13 @@ def walk_role(
     lap = 0
     place = k
     stored = 0
-    xT = _fetch(k, xs, full, stage, phase, True, PAIR, narrow)
+    # In float32, which holds it as it is: it takes part in three products, and registers hold a half each anyway.
+    xT = _widen(_fetch(k, xs, full, stage, phase, True, PAIR, narrow))
     mbarrier.wait(known.index(group), turn)
-    weighted = _weigh(k, xT, nums, group, 0)
-    total = _numbers(nums, k, group, 0, _TOTAL).load(gl.SliceLayout(1, wide))
     for c in range(chunks):
+        # Here, not while the last chunk's product runs: ptxas would serialise the products.
+        weighted = _weigh(k, xT, nums, group, c, dtype)
+        total = _numbers(nums, k, group, c, _TOTAL).load(gl.SliceLayout(1, wide))
         zeros = gl.zeros((Q, Q), gl.float32, mma)
         before = gl.convert_layout(state.to(dtype), narrow_state)
         state *= total[:, None]
@@ -434,36 +459,30 @@ def walk_role(
         y = warpgroup_mma_wait(1, [y])
         y *= _numbers(nums, k, group, c, _SINCE).load(gl.SliceLayout(0, mma))[None, :]
         if D_ptr is not None:
-            y += gl.convert_layout(xT, mma).to(gl.float32) * D[:, None]
+            y += gl.convert_layout(xT, mma) * D[:, None]
         mbarrier.wait(scored.index(buffer), lap)
         state = warpgroup_mma_wait(0, [sum])
-        y = warpgroup_mma(xT, G.index(buffer).permute([1, 0]), y, is_async=True)
+        y = warpgroup_mma(xT.to(dtype), G.index(buffer).permute([1, 0]), y, is_async=True)
         # in its shadow: the next chunk's x comes
         if c % GROUP == GROUP - 1:
-            mbarrier.arrive(unknown.index(group), count=1)
             group, turn = _advance(group, turn, 2)
         used = stage
         stage, phase = _advance(stage, phase, STAGES)
         nextT = _fetch(k, xs, full, stage, phase, c + 1 < chunks, PAIR, narrow)
         mbarrier.wait(known.index(group), turn, pred=c + 1 < chunks)
         y = warpgroup_mma_wait(0, [y])
-        mbarrier.arrive(unscored.index(buffer), count=1)
         if GATED:
             z = zs.index(used * PAIR + k).reshape([Q, Q]).permute([1, 0]).load(narrow)
             z = gl.convert_layout(z, mma).to(gl.float32)
             y *= z / (1.0 + gl.exp2(-LOG2E * z))
-        mbarrier.arrive(empty.index(used), count=1)
         mbarrier.wait(unready.index(place), stored ^ 1)
         ys.index(place).reshape([Q, Q]).permute([1, 0]).store((y * Y_SCALE).to(dtype))
-        mbarrier.arrive(ready.index(place), count=1)
+        mbarrier.arrive(walked.index(used), count=1)
         if PAIR == 1:
             place, stored = _advance(place, stored, 2)
         else:
             stored ^= 1
-        xT = nextT
-        # Here, not while the product runs: ptxas would serialise the products.
-        weighted = _weigh(k, xT, nums, group, c + 1)
-        total = _numbers(nums, k, group, c + 1, _TOTAL).load(gl.SliceLayout(1, wide))
+        xT = _widen(nextT)
         buffer, lap = _advance(buffer, lap, 2)
     if STORE_FINAL:
         if own:

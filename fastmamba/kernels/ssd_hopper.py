@@ -135,13 +135,11 @@ def _kernel(
     ys = gl.allocate_shared_memory(dtype, [2, 1, Q, Q], tile)  # of both slices, or of two chunks
     nums = gl.allocate_shared_memory(gl.float32, [2 * PAIR * ROWS * GROUP, Q], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    walked = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     known = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     unknown = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     walking = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     scored = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    unscored = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     unready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     dt_at = dt_ptr + b.to(gl.int64) * stride_dt_b + first.to(gl.int64) * stride_dt_t
     dt0 = dt_at + head0 * stride_dt_h
@@ -158,14 +156,12 @@ def _kernel(
         load_chunk(x_desc, B_desc, C_desc, z_desc, xs, Bs, Cs, zs, full.index(0), 0, b, first, v, g, 0, summed, N, PAIR,
                    GATED)  # fmt: skip
     for i in gl.static_range(STAGES):
-        mbarrier.init(empty.index(i), count=1 + PAIR)  # the scores and the walkers
+        mbarrier.init(walked.index(i), count=PAIR)  # the walkers
     mbarrier.init(walking, count=PAIR)
     for i in gl.static_range(2):
         mbarrier.init(known.index(i), count=PAIR)  # the decays
-        mbarrier.init(unknown.index(i), count=1 + PAIR)  # the scores and the walkers
+        mbarrier.init(unknown.index(i), count=PAIR)  # the walkers, or the scores for them
         mbarrier.init(scored.index(i), count=1)
-        mbarrier.init(unscored.index(i), count=PAIR)  # the walkers
-        mbarrier.init(ready.index(i), count=1)
         mbarrier.init(unready.index(i), count=1)
     fence_async_shared()
     sync_threads()
@@ -184,23 +180,24 @@ def _kernel(
     if PAIR == 2:
         gl.warp_specialize(
             [
-                (scores_role, (Bs, Cs, nums, G0, G1, full, empty, known, unknown, scored, unscored, walking, summed,
+                (scores_role, (Bs, Cs, nums, G0, G1, full, known, unknown, scored, walked, walking, summed,
                                chunks, PAIR, RELAXED, SPLIT, STAGES)),
                 (walk_role, (gl.constexpr(0), D_ptr, D0, init_ptr, final_ptr, handed_ptr, flag, xs, Bs, Cs, zs, nums,
-                             G0, ys, full, empty, known, unknown, scored, unscored, ready, unready, walking, v >= 0,
+                             G0, ys, full, known, unknown, scored, walked, unready, walking, v >= 0,
                              state_row, handed_row, stride_D_p, seg, segments, summed, chunks, N, PAIR, GATED,
                              STORE_FINAL, SPLIT, STAGES, Y_SCALE)),
                 (walk_role, (gl.constexpr(1), D_ptr, D1, init_ptr, final_ptr, handed_ptr, flag1, xs, Bs, Cs, zs, nums,
-                             G1, ys, full, empty, known, unknown, scored, unscored, ready, unready, walking, second,
+                             G1, ys, full, known, unknown, scored, walked, unready, walking, second,
                              state_row1, handed_row1, stride_D_p, seg, segments, summed, chunks, N, PAIR, GATED,
                              STORE_FINAL, SPLIT, STAGES, Y_SCALE)),
-                (load_role, (x_desc, B_desc, C_desc, z_desc, xs, Bs, Cs, zs, full, empty, b, first, v, g, summed,
+                (load_role, (x_desc, B_desc, C_desc, z_desc, xs, Bs, Cs, zs, full, walked, b, first, v, g, summed,
                              chunks, N, PAIR, GATED, STAGES)),
                 (decays_role, (gl.constexpr(0), dt0, A_ptr, bias_ptr, head0, nums, known, unknown, stride_dt_t, dt_min,
                                dt_max, tokens, summed, chunks, SOFTPLUS, CLAMP, PAIR, SPLIT, LOG_A)),
                 (decays_role, (gl.constexpr(1), dt1, A_ptr, bias_ptr, head1, nums, known, unknown, stride_dt_t, dt_min,
                                dt_max, tokens, summed, chunks, SOFTPLUS, CLAMP, PAIR, SPLIT, LOG_A)),
-                (store_role, (y_desc, ys, ready, unready, b, first, v, second, chunks, PAIR)),
+                (store_role, (y_desc, ys, walked, unready, walking, b, first, v, second, summed, chunks, PAIR, SPLIT,
+                              STAGES)),
             ],
             [4, 4, 1, 1, 1, 1],
             [192, 192, 40, 40, 40, 40],
@@ -208,17 +205,18 @@ def _kernel(
     else:
         gl.warp_specialize(
             [
-                (scores_role, (Bs, Cs, nums, G0, G1, full, empty, known, unknown, scored, unscored, walking, summed,
+                (scores_role, (Bs, Cs, nums, G0, G1, full, known, unknown, scored, walked, walking, summed,
                                chunks, PAIR, RELAXED, SPLIT, STAGES)),
                 (walk_role, (gl.constexpr(0), D_ptr, D0, init_ptr, final_ptr, handed_ptr, flag, xs, Bs, Cs, zs, nums,
-                             G0, ys, full, empty, known, unknown, scored, unscored, ready, unready, walking, v >= 0,
+                             G0, ys, full, known, unknown, scored, walked, unready, walking, v >= 0,
                              state_row, handed_row, stride_D_p, seg, segments, summed, chunks, N, PAIR, GATED,
                              STORE_FINAL, SPLIT, STAGES, Y_SCALE)),
                 (decays_role, (gl.constexpr(0), dt0, A_ptr, bias_ptr, head0, nums, known, unknown, stride_dt_t, dt_min,
                                dt_max, tokens, summed, chunks, SOFTPLUS, CLAMP, PAIR, SPLIT, LOG_A)),
-                (load_role, (x_desc, B_desc, C_desc, z_desc, xs, Bs, Cs, zs, full, empty, b, first, v, g, summed,
+                (load_role, (x_desc, B_desc, C_desc, z_desc, xs, Bs, Cs, zs, full, walked, b, first, v, g, summed,
                              chunks, N, PAIR, GATED, STAGES)),
-                (store_role, (y_desc, ys, ready, unready, b, first, v, second, chunks, PAIR)),
+                (store_role, (y_desc, ys, walked, unready, walking, b, first, v, second, summed, chunks, PAIR, SPLIT,
+                              STAGES)),
             ],
             [4, 4, 1, 1],
             [248, 64, 40, 40],
