@@ -397,23 +397,30 @@ def walk_role(
     turn = 0
     if SPLIT:
         decay = gl.full([Q], 1.0, gl.float32, gl.SliceLayout(1, wide))
-        xT = _fetch(k, xs, full, stage, phase, summed > 0, PAIR, narrow)
-        for g in range((summed + GROUP - 1) // GROUP):  # what this segment alone adds to the state
-            mbarrier.wait(known.index(group), turn)
-            total = _numbers(nums, k, group, 0, _TOTAL).load(gl.SliceLayout(1, wide))
-            decay *= total
-            state *= total[:, None]
-            for c in range(g * GROUP, gl.minimum(g * GROUP + GROUP, summed)):
-                weighted = _weigh(k, xT, nums, group, c, dtype)
-                sum = warpgroup_mma(weighted, Bs.index(stage).reshape([Q, N]), state, is_async=True)
-                used = stage
-                stage, phase = _advance(stage, phase, STAGES)
-                # while the product runs
-                xT = _fetch(k, xs, full, stage, phase, c + 1 < summed, PAIR, narrow)
-                state = warpgroup_mma_wait(0, [sum])
-                mbarrier.arrive(walked.index(used), count=1)
-            mbarrier.arrive(unknown.index(group), count=1)
-            group, turn = _advance(group, turn, 2)
+        xT = _widen(_fetch(k, xs, full, stage, phase, summed > 0, PAIR, narrow))
+        mbarrier.wait(known.index(group), turn, pred=summed > 0)
+        product = xT * _numbers(nums, k, group, 0, _LEFT).load(gl.SliceLayout(0, narrow))[None, :]
+        total = _numbers(nums, k, group, 0, _TOTAL).load(gl.SliceLayout(1, wide))
+        for c in range(summed):  # what this segment alone adds to the state
+            if c % GROUP == 0:
+                decay *= total
+                state *= total[:, None]
+            sum = warpgroup_mma(product.to(dtype), Bs.index(stage).reshape([Q, N]), state, is_async=True)
+            used = stage
+            stage, phase = _advance(stage, phase, STAGES)
+            last = (c % GROUP == GROUP - 1) | (c + 1 == summed)
+            unneeded = group
+            if last:
+                group, turn = _advance(group, turn, 2)
+            # While the product runs, all but the rounding: what ptxas sees written while one runs, it waits for.
+            xT = _widen(_fetch(k, xs, full, stage, phase, c + 1 < summed, PAIR, narrow))
+            mbarrier.wait(known.index(group), turn, pred=c + 1 < summed)
+            product = xT * _numbers(nums, k, group, c + 1, _LEFT).load(gl.SliceLayout(0, narrow))[None, :]
+            total = _numbers(nums, k, group, c + 1, _TOTAL).load(gl.SliceLayout(1, wide))
+            state = warpgroup_mma_wait(0, [sum])
+            mbarrier.arrive(walked.index(used), count=1)
+            if last:
+                mbarrier.arrive(unknown.index(unneeded), count=1)
         mbarrier.arrive(walking, count=1)
         if own:
             before = gl.zeros((Q, N), gl.float32, wide)
