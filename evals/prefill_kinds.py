@@ -17,7 +17,8 @@ KINDS = (
     ("convolution", r"_conv_kernel|causal_conv|conv_depthwise|conv1d|convolve|cudnn"),
     ("norms", r"_norm_kernel|layer_norm|rms_norm|norm_fwd"),
     ("MLP gate", r"_silu_and_mul"),
-    ("matrix products", r"gemm|nvjet|cutlass|cublas|splitk|gemv|grouped|xmma"),
+    ("matrix products", r"gemm|nvjet|cutlass|cublas|splitk|gemv|grouped|xmma|_moe_(up|down)"),
+    ("routing", r"_moe_"),
     ("everything else", r""),
 )
 

@@ -63,8 +63,13 @@ def _limits(device: torch.device) -> _Limits:
     if device.type != "cuda":  # the interpreter, or an accelerator whose limits torch does not tell
         return _Limits(4, 64 * 1024, False)
     found = torch.cuda.get_device_properties(device)
-    shared_bytes = getattr(found, "shared_memory_per_block_optin", 64 * 1024)
-    return _Limits(found.multi_processor_count, shared_bytes, copy_engine(device))
+    shared = getattr(found, "shared_memory_per_block_optin", 64 * 1024)
+    return _Limits(found.multi_processor_count, shared, copy_engine(device))
+
+
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that one block may take."""
+    return _limits(device).shared_bytes
 
 
 def _power_of_2(value: int, least: int = 16) -> int:

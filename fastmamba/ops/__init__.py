@@ -10,6 +10,7 @@ from fastmamba.ops.layer_step import layer_step
 from fastmamba.ops.mixer_prefill import mixer_prefill
 from fastmamba.ops.mixer_step import mixer_step
 from fastmamba.ops.mlp_step import mlp_step
+from fastmamba.ops.moe import moe
 from fastmamba.ops.rms_norm import add_rms_norm, rms_norm
 from fastmamba.ops.silu_and_mul import silu_and_mul
 from fastmamba.ops.ssd import PRECISIONS, ssd
@@ -26,6 +27,7 @@ __all__ = [
     "mixer_prefill",
     "mixer_step",
     "mlp_step",
+    "moe",
     "resolve_backend",
     "rms_norm",
     "silu_and_mul",

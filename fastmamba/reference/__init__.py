@@ -10,6 +10,7 @@ from .gated_rms_norm import gated_rms_norm
 from .layer_step import layer_step
 from .mixer_step import mixer_step
 from .mlp_step import mlp_step
+from .moe import moe
 from .recurrence import ssd_recurrence
 from .ssd import ssd
 from .ssd_step import ssd_step
@@ -21,6 +22,7 @@ __all__ = [
     "layer_step",
     "mixer_step",
     "mlp_step",
+    "moe",
     "ssd",
     "ssd_recurrence",
     "ssd_step",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmamba.ops import add_rms_norm, causal_conv1d, gated_rms_norm, mixer_prefill, rms_norm, silu_and_mul, ssd
+from fastmamba.ops import add_rms_norm, causal_conv1d, gated_rms_norm, mixer_prefill, moe, rms_norm, silu_and_mul, ssd
 from fastmamba.ops._repeats import Repeats
 
 BF16 = torch.bfloat16
@@ -53,6 +53,15 @@ def _ssd(tokens: int, heads: int = 8, dtype: torch.dtype = BF16, **options: Any)
     return call
 
 
+def _experts(tokens: int) -> Callable[[], Any]:
+    weights = normal(8, 256), normal(8, 256, 256) / 16, normal(8, 256, 128) / 11
+
+    def call() -> Any:
+        return moe(normal(2, tokens, 256), *weights, top_k=3, add=normal(2, tokens, 256))
+
+    return call
+
+
 CASES: dict[str, Callable[[], Callable[[], Any]]] = {
     "mixer": lambda: _mixer(100),
     "mixer in segments": lambda: _mixer(3000),
@@ -85,6 +94,9 @@ CASES: dict[str, Callable[[], Callable[[], Any]]] = {
         )
     ),
     "gate": lambda: lambda: silu_and_mul(normal(1, 50, 512)),
+    "experts": lambda: _experts(900),
+    "experts, few tokens": lambda: _experts(3),
+    "experts in pieces": lambda: _experts(20_000),
 }
 
 
