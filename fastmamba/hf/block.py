@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ _KINDS = {
     (_GRANITE, "GraniteMoeHybridDecoderLayer"): "granite_layer",
     (_GRANITE, "GraniteMoeHybridRMSNorm"): "norm",
     (_GRANITE, "GraniteMoeHybridMLP"): "mlp",
+    (_GRANITE, "GraniteMoeHybridMoE"): "moe",
 }
 # Kind of layer -> its first norm, and whether that rounds to the dtype of its weight.
 _FIRST_NORM = {"mamba2_block": ("norm", True), "granite_layer": ("input_layernorm", False)}
@@ -72,6 +74,7 @@ def _function(kind: str, binding: Binding) -> Any:
     makers: dict[str, Callable[[str], Any]] = {
         "norm": block_forward.norm_forward,
         "mlp": block_forward.mlp_forward,
+        "moe": block_forward.moe_forward,
         "mamba2_block": block_forward.mamba2_block_forward,
         "granite_layer": block_forward.granite_layer_forward,
     }
@@ -142,12 +145,18 @@ def layer_of(model: nn.Module) -> dict[nn.Module, str]:
 
 def block_report(model: nn.Module) -> BlockReport | None:
     """What became of the layers around the mixers; None where scope="block" does not cover the model."""
-    parts = [part for part in _parts(model) if part.kind in _FIRST_NORM]
+    found = list(_parts(model))
+    parts = [part for part in found if part.kind in _FIRST_NORM]
     if not parts:
         return None
-    calls: dict[str, int] = {}
-    for part in parts:
-        for reason, count in original_calls(part.module).items():
-            calls[reason] = calls.get(reason, 0) + count
+    calls, expert_calls = _calls(parts), _calls([part for part in found if part.kind == "moe"])
     reasons = sorted({part.reason for part in parts if part.reason})
-    return BlockReport(len(parts), sum(part.binding is not None for part in parts), tuple(reasons), calls)
+    return BlockReport(len(parts), sum(part.binding is not None for part in parts), tuple(reasons), calls, expert_calls)
+
+
+def _calls(parts: list[_Part]) -> dict[str, int]:
+    """Calls of these modules that ran the original forward, by reason."""
+    total: Counter[str] = Counter()
+    for part in parts:
+        total.update(original_calls(part.module))
+    return dict(total)

@@ -1,4 +1,4 @@
-"""The forwards of what surrounds the mixers: norms, residual adds, and the gate of the multilayer perceptron.
+"""The forwards of what surrounds the mixers: norms, residual adds, experts, the gate of the multilayer perceptron.
 
 Each does what the class's own forward does, in the same order and with the same roundings, calling the same modules; a
 norm or activation that has a hook is called as the module it is. All are named forward, because that is how a bound
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmamba.hf.block_step import can_feed, feed_forward, step
+from fastmamba.hf.experts import mix, serves, why_not
 from fastmamba.hf.handoff import leave, take
 from fastmamba.hf.report import count_original
 from fastmamba.modules import call, call_linear, child, is_watched, parameter
@@ -157,6 +158,45 @@ def mlp_forward(backend: str) -> Callable[..., Tensor]:
     return forward
 
 
+def moe_forward(backend: str) -> Callable[..., Tensor]:
+    """For a GraniteMoeHybridMoE."""
+
+    def forward(self: Any, layer_input: Tensor) -> Tensor:
+        if not _mixes(self, layer_input, backend):
+            return type(self).forward(self, layer_input)
+        return mix(self, layer_input, None, backend)
+
+    return forward
+
+
+_MOE = moe_forward("auto").__code__
+
+
+def _mixes(mixture: Any, x: Any, backend: str) -> bool:
+    """Whether a mixture of experts is computed by kernels of ours; where it might be and is not, that is counted."""
+    if mixture.training or type(x) is not Tensor or x.ndim != 3 or 0 in x.shape or x.is_meta:
+        return False
+    if not serves(backend, x) or torch.is_grad_enabled() and x.requires_grad:
+        return False
+    reason = why_not(mixture, x)
+    if reason is not None and not torch.compiler.is_compiling():
+        count_original(mixture, reason)
+    return reason is None
+
+
+def _mixture(mixture: Any, x: Tensor, mlp: Any, backend: str) -> Tensor:
+    """mixture(x) + mlp(x), the sum in the same pass where nobody hears of which was called first."""
+    forward = mixture.__dict__.get("forward")
+    if getattr(forward, "__code__", None) is not _MOE or is_watched(mixture) or is_watched(mlp):
+        return mixture(x) + call(mlp, x)
+    if not _mixes(mixture, x, backend):
+        return type(mixture).forward(mixture, x) + call(mlp, x)
+    add = call(mlp, x)
+    if type(add) is Tensor and add.shape == x.shape and add.dtype == x.dtype and add.device == x.device:
+        return mix(mixture, x, add, backend)
+    return mix(mixture, x, None, backend) + add
+
+
 def mamba2_block_forward(backend: str) -> Callable[..., Tensor]:
     """For a Mamba2Block: h + mixer(norm(h)), h in float32 where the block's residual_in_fp32 says so."""
 
@@ -241,7 +281,7 @@ def granite_layer_forward(backend: str) -> Callable[..., Tensor]:
             normed = after(hidden_states)
         del x
         if self.has_experts:
-            x = self.block_sparse_moe(normed) + call(child(self, "shared_mlp"), normed)
+            x = _mixture(child(self, "block_sparse_moe"), normed, child(self, "shared_mlp"), backend)
         else:
             x = call(child(self, "shared_mlp"), normed)
         del normed

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastmamba.hf.binding import binding_in
 from fastmamba.hf.block import is_silu
 from fastmamba.hf.compat import CacheState, cache_layer
+from fastmamba.hf.experts import PLAIN_WAYS
 from fastmamba.hf.forward import plan_of
 from fastmamba.hf.recording import state_for, under_way, zeros
 from fastmamba.mixer import norm_is_plain
@@ -20,8 +21,6 @@ MOST_ROWS = 1
 """The largest batch that `feed_forward` takes: it reads the weights once a row, matrix products once a batch."""
 
 _GRANITE = "transformers.models.granitemoehybrid.modeling_granitemoehybrid"
-_EXPERTS = (None, "eager", "batched_mm", "grouped_mm")
-"""Ways to compute experts that mean no more than to compute them; one that the user has registered is called."""
 
 
 def step(
@@ -88,7 +87,7 @@ def can_feed(layer: Any, hidden_states: Tensor, backend: str) -> bool:
             or getattr(experts, "_is_expert_parallel", False)
         ):
             return False
-        if experts.config._experts_implementation not in _EXPERTS:
+        if experts.config._experts_implementation not in PLAIN_WAYS:
             return False
         weights += [mixture.router.weight, experts.gate_up_proj, experts.down_proj]
     form = weight.dtype, hidden_states.device

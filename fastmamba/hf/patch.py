@@ -67,7 +67,8 @@ def patch(
     Args:
         model: a transformers model of a supported family, or a module that holds one (PEFT's wrapper, say).
         scope: "block" replaces the mixers' forward, and in Mamba2 and GraniteMoeHybrid those of the layers around them:
-            norms, residual adds, the gate of the multilayer perceptron (attention and experts stay as they are).
+            norms, residual adds, the gate of the multilayer perceptron and, where Triton serves, the experts
+            (attention stays as it is).
             "mixer" replaces the mixers' forward; "ssd" only the scan over a sequence inside the original one.
         backend: "triton", "torch", or "auto": Triton on a GPU, PyTorch anywhere else.
         precision: "exact" keeps in float32 what mamba_ssm's kernels keep in float32; "relaxed" lets the scan's Triton

@@ -73,9 +73,12 @@ class BlockReport:
     """Why others have not."""
     original_calls: dict[str, int] = field(default_factory=dict)
     """Calls that fast layers handed to the original forward, by reason."""
+    expert_calls: dict[str, int] = field(default_factory=dict)
+    """Calls on a GPU whose experts ran transformers' own code, by reason."""
 
     def __str__(self) -> str:
         calls = [f"{count}x original: {reason}" for reason, count in self.original_calls.items()]
+        calls += [f"{count}x transformers' experts: {reason}" for reason, count in self.expert_calls.items()]
         return "; ".join(
             [f"norms and residual adds of {self.fast} of {self.layers} layers fused", *self.reasons, *calls]
         )
