@@ -25,6 +25,11 @@ def child(module: Any, name: str) -> Any:
     return getattr(module, name) if found is None else found
 
 
+def is_plain(tensor: Any) -> bool:
+    """Whether a kernel may read a weight; one that is quantised or spread over GPUs may be a tensor of its own kind."""
+    return type(tensor) is nn.Parameter or type(tensor) is Tensor
+
+
 def is_watched(module: Any) -> bool:
     """Whether somebody has to hear of a call of the module: a hook, of its own or of all modules, or accelerate."""
     return bool(

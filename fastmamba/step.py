@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastmamba.modules import is_plain
 from fastmamba.ops import layer_step, mixer_step, resolve_backend
 from fastmamba.ops.layer_step import MOST_ROWS
 
@@ -44,7 +45,9 @@ def is_linear(module: Any) -> bool:
     """Whether a module is a linear layer and nothing else, whose weight may be read instead."""
     if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
         return False
-    return not {"_hf_hook", "forward"} & module.__dict__.keys() and module.weight.stride(1) == 1
+    if {"_hf_hook", "forward"} & module.__dict__.keys():
+        return False
+    return is_plain(module.weight) and module.weight.stride(1) == 1
 
 
 def layer_forward(

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "hf": {"hf", "mixer", "modules", "step", "ops"},
     "mixer": {"modules", "step", "ops"},
     "modules": set(),
-    "step": {"mixer", "ops"},  # of the mixer, types alone
+    "step": {"mixer", "modules", "ops"},  # of the mixer, types alone
     "ops": {"ops", "kernels", "reference", "configs"},
     "kernels": {"kernels", "configs"},
     "reference": {"reference"},

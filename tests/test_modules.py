@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmamba.modules import call, call_linear, child, parameter
+from fastmamba.step import is_linear
 
 X = torch.randn(2, 3, 8)
 
@@ -97,3 +98,11 @@ def test_reading() -> None:
     assert child(module, "extra") is None
     with pytest.raises(AttributeError):
         child(module, "missing")
+
+
+def test_which_weights_may_be_read() -> None:
+    """Not one that is a tensor of its own kind, as quantised ones are and those that are spread over GPUs."""
+    linear = nn.Linear(8, 4)
+    assert is_linear(linear)
+    linear.weight = nn.Parameter(linear.weight.data.as_subclass(type("Kind", (Tensor,), {})))
+    assert not is_linear(linear)

@@ -14,6 +14,7 @@ from fastmamba.hf.experts import PLAIN_WAYS
 from fastmamba.hf.forward import plan_of
 from fastmamba.hf.recording import state_for, under_way, zeros
 from fastmamba.mixer import norm_is_plain
+from fastmamba.modules import is_plain
 from fastmamba.ops import mlp_step, resolve_backend
 from fastmamba.step import can_step, is_linear, layer_forward, layer_is_plain
 
@@ -92,7 +93,7 @@ def can_feed(layer: Any, hidden_states: Tensor, backend: str) -> bool:
         weights += [mixture.router.weight, experts.gate_up_proj, experts.down_proj]
     form = weight.dtype, hidden_states.device
     return (
-        all((w.dtype, w.device) == form and w.is_contiguous() for w in weights)
+        all(is_plain(w) and (w.dtype, w.device) == form and w.is_contiguous() for w in weights)
         and weight.is_floating_point()
         and not torch.is_autocast_enabled(form[1].type)
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmamba.hf.block import is_silu
-from fastmamba.modules import child, is_watched, parameter
+from fastmamba.modules import child, is_plain, is_watched, parameter
 from fastmamba.ops import moe, resolve_backend
 
 PLAIN_WAYS = (None, "eager", "batched_mm", "grouped_mm")
@@ -48,7 +48,7 @@ def why_not(mixture: Any, x: Tensor) -> str | None:
         return FORM
     form = x.dtype, x.device
     for weight in _weights(router, experts):
-        if (weight.dtype, weight.device) != form or not weight.is_contiguous():
+        if not is_plain(weight) or (weight.dtype, weight.device) != form or not weight.is_contiguous():
             return FORM
         if weight.requires_grad and torch.is_grad_enabled():
             return "gradients are needed"

@@ -91,6 +91,10 @@ def _hook(module: nn.Module) -> None:
     module.register_forward_hook(lambda module, *_: called.append(module))
 
 
+class Kind(torch.Tensor):
+    """A weight that is quantised or spread over GPUs, say."""
+
+
 class Other(nn.Module):
     """An adapter's, say."""
 
@@ -113,6 +117,10 @@ CHANGES = {
     ),
     "another module": (lambda m: setattr(m, "experts", Other(m.experts)), our_experts.KIND),
     "another activation": (lambda m: setattr(m.experts, "act_fn", nn.GELU()), our_experts.KIND),
+    "weights of their own kind": (
+        lambda m: setattr(m.experts, "down_proj", nn.Parameter(m.experts.down_proj.data.as_subclass(Kind))),
+        our_experts.FORM,
+    ),
     "strides": (
         lambda m: setattr(m.experts.down_proj, "data", m.experts.down_proj.data.mT.contiguous().mT),
         our_experts.FORM,
