@@ -1,0 +1,106 @@
+"""What racecheck makes of a handover that an mbarrier orders: the smallest warp-specialised kernel, right and broken.
+
+    for form in barrier mbarrier none; do
+        compute-sanitizer --tool racecheck python evals/racecheck_control.py $form
+    done
+
+A tile passes through shared memory, from threads that write it to others that read it, many times by the same place:
+
+    barrier     one role: all threads write, meet at the block's barrier, read, and meet again
+    mbarrier    two roles, a producer and a consumer, that wait for each other at two mbarriers, as in any pipeline
+    none        the same two roles without waiting: a race
+
+`barrier` must be clean and `none` must be reported. Whether `mbarrier`, which is right, is reported too says what the
+tool's hazards on `fastmamba.kernels.ssd_hopper` are worth. The output is checked: it is the input, except in `none`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # evals is not installed
+
+from triton.experimental import gluon  # noqa: E402
+from triton.experimental.gluon import language as gl  # noqa: E402
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier  # noqa: E402
+
+from fastmamba.kernels._ssd_hopper_roles import sync_threads  # noqa: E402
+
+SIZE = gl.constexpr(256)
+ROUNDS = 16
+WARP = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
+WARPS = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+OTHERWISE = gl.constexpr(gl.BlockedLayout([2], [32], [4], [0]))  # an element is another thread's
+
+
+@gluon.jit
+def _produce(source, place, ready, free, rounds, WAITS: gl.constexpr):
+    at = gl.arange(0, SIZE, WARP)
+    for i in range(rounds):
+        value = gl.load(source + i * SIZE + at)
+        if WAITS:
+            mbarrier.wait(free, i & 1 ^ 1)
+        place.store(value)
+        if WAITS:
+            mbarrier.arrive(ready, count=1)
+
+
+@gluon.jit
+def _consume(target, place, ready, free, rounds, WAITS: gl.constexpr):
+    at = gl.arange(0, SIZE, OTHERWISE)
+    for i in range(rounds):
+        if WAITS:
+            mbarrier.wait(ready, i & 1)
+        value = place.load(OTHERWISE)
+        if WAITS:
+            mbarrier.arrive(free, count=1)
+        gl.store(target + i * SIZE + at, value)
+
+
+@gluon.jit
+def _kernel(source, target, rounds, FORM: gl.constexpr):
+    place = gl.allocate_shared_memory(gl.float32, [SIZE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    if FORM == "barrier":
+        for i in range(rounds):
+            place.store(gl.load(source + i * SIZE + gl.arange(0, SIZE, WARPS)))
+            sync_threads()
+            gl.store(target + i * SIZE + gl.arange(0, SIZE, OTHERWISE), place.load(OTHERWISE))
+            sync_threads()
+    else:
+        ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        mbarrier.init(ready, count=1)
+        mbarrier.init(free, count=1)
+        fence_async_shared()
+        sync_threads()
+        waits: gl.constexpr = FORM == "mbarrier"
+        gl.warp_specialize(
+            [
+                (_consume, (target, place, ready, free, rounds, waits)),
+                (_produce, (source, place, ready, free, rounds, waits)),
+            ],
+            [1],
+            [64],
+        )
+
+
+def main() -> int:
+    form = sys.argv[1] if len(sys.argv) == 2 else ""
+    if form not in ("barrier", "mbarrier", "none"):
+        print((__doc__ or "").strip())
+        return 2
+    source = torch.randn(ROUNDS, SIZE.value, device="cuda")
+    target = torch.full_like(source, float("nan"))
+    kernel: Any = _kernel
+    kernel[(1,)](source, target, ROUNDS, form, num_warps=4)
+    right = torch.equal(source, target)
+    print(f"{form}: the output is {'right' if right else 'WRONG'}", flush=True)
+    return 0 if right or form == "none" else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
