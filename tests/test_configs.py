@@ -145,6 +145,8 @@ def choose(device: torch.device, tokens: int = 16384, chunk_size: int | None = N
         (80, 131072, 32, 13),
         (128, 131072, 64, 1),  # a multiprocessor each, and nearly all of them
         (2560, 1024, 32, 1),  # nothing to gain
+        (24, 4096, 64, 5),  # few, and a multiprocessor for each segment
+        (24, 1024, 32, 4),
         (80, 17, 64, 1),
     ],
 )
@@ -152,6 +154,30 @@ def test_the_portable_kernel_fills_the_gpu(h200, walks: int, tokens: int, chunk:
     with override("portable"):
         config = ssd_config(h200, torch.bfloat16, 1, tokens, walks, 64, 128, None)
     assert (config.variant, config.chunk, config.segments) == ("portable", chunk, segments)
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "tokens", "segments", "slices"),
+    [  # what was fastest on an H200
+        (80, 64, 1024, 1, 1),
+        (80, 64, 4096, 3, 2),
+        (80, 64, 16384, 3, 2),
+        (48, 64, 16384, 5, 2),
+        (48, 64, 131072, 11, 2),
+        (24, 64, 1024, 4, 1),
+        (24, 64, 4096, 5, 1),
+        (24, 64, 16384, 11, 2),
+        (8, 64, 16384, 16, 1),
+        (40, 128, 65536, 3, 2),
+        (128, 64, 16384, 1, 1),
+    ],
+)
+def test_the_hopper_kernel_fills_the_gpu(
+    h200, heads: int, head_dim: int, tokens: int, segments: int, slices: int
+) -> None:
+    with override("hopper"):
+        config = ssd_config(h200, torch.bfloat16, 1, tokens, heads, head_dim, 128, None)
+    assert (config.variant, config.segments, config.block_slices) == ("hopper", segments, slices)
 
 
 def test_a_chunk_size_bounds_the_portable_kernels(h200) -> None:

@@ -4,7 +4,7 @@ The roles meet at mbarriers in shared memory, in pairs, one for each direction:
 
     full, walked       a stage holds a chunk of x, B, C and z; the walkers are through with the chunk
     known, unknown     the decays of four chunks are there; nobody needs them any more
-    scored, walked     G of a chunk is there
+    scored, walked     G of a chunk, and what each token adds to its own output, are there
     walked, unready    y of a chunk is there; it is on its way to global memory
     walking            the walkers are through with the first pass (in which the scores and the store have no part)
 
@@ -40,6 +40,7 @@ _LEFT = gl.constexpr(3)  # dt times the decay until the chunk ends
 _TOTAL = gl.constexpr(4)  # decay over the chunk, the same in every column
 ROWS = gl.constexpr(5)
 GROUP = gl.constexpr(4)  # chunks that the decays warps work out at a time
+SPAN = gl.constexpr(8)  # segments, of which the last one hands on a whole state, the others what they add to it
 
 
 @gluon.jit
@@ -73,6 +74,23 @@ def _spin(flag_ptr):
         raised = gl.inline_asm_elementwise(
             "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [flag_ptr], dtype=gl.int32, is_pure=False, pack=1
         )
+
+
+@gluon.jit
+def _read(flag_ptr, readers):
+    """Count a reader of what a raised flag stands for; the last of `readers` leaves the flag as it was found.
+
+    A flag is 0, then 1, then counts on: raised for whoever still waits, until it falls back.
+    """
+    one = gl.arange(0, 128, gl.BlockedLayout([1], [32], [gl.num_warps()], [0])) == 0
+    gl.inline_asm_elementwise(
+        "{.reg .pred p; setp.ne.b32 p, $3, 0; @p red.relaxed.gpu.global.inc.u32 [$1], $2; mov.b32 $0, 0;}",
+        "=r,l,r,r",
+        [flag_ptr, readers, one.to(gl.int32)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @gluon.jit
@@ -146,6 +164,7 @@ def decays_role(
     PAIR: gl.constexpr,
     SPLIT: gl.constexpr,
     LOG_A: gl.constexpr,
+    HEADS: gl.constexpr,
 ):
     # Blocks of one slice have warps to spare: four share the work, and the first chunk waits less.
     if PAIR == 2:
@@ -154,9 +173,9 @@ def decays_role(
         layout: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [4, 1], [1, 0])
     rows: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     if _RENAMED:
-        nums = nums.reinterpret(gl.float32, [2 * PAIR * ROWS, GROUP, Q], rows)
+        nums = nums.reinterpret(gl.float32, [2 * HEADS * ROWS, GROUP, Q], rows)
     else:
-        nums = nums._reinterpret(gl.float32, [2 * PAIR * ROWS, GROUP, Q], rows)
+        nums = nums._reinterpret(gl.float32, [2 * HEADS * ROWS, GROUP, Q], rows)
     chunk = gl.arange(0, GROUP, gl.SliceLayout(1, layout))
     q = chunk[:, None] * Q + gl.arange(0, Q, gl.SliceLayout(0, layout))[None, :]  # [GROUP, Q]
     # all loads before the first use of one
@@ -224,12 +243,61 @@ def _products(Bs, Cs, stage, N: gl.constexpr, mma: gl.constexpr):
 
 
 @gluon.jit
+def _by_register(v):
+    """Of [64, 64] accumulators: the bits of row and column that a thread's registers tell apart, last."""
+    return v.reshape([4, 2, 8, 2, 2, 2, 4, 2]).permute([0, 2, 6, 3, 4, 7, 5, 1])
+
+
+@gluon.jit
+def _on_diagonal(v, t, s):
+    """Of the last three bits those that row t asks for; zero in threads whose columns do not meet their row."""
+    first, second = v.split()
+    t, _ = t.split()
+    s, _ = s.split()
+    v = gl.where(t % 2 == 1, second, first)
+    first, second = v.split()
+    t, _ = t.split()
+    s, _ = s.split()
+    v = gl.where(t // 16 % 2 == 1, second, first)
+    first, second = v.split()
+    t, _ = t.split()
+    s, _ = s.split()
+    v = gl.where(t // 32 == 1, second, first)
+    return gl.where(t // 2 % 4 == s // 2 % 4, v, 0.0)
+
+
+@gluon.jit
+def _diagonal(v, t, s):
+    """The diagonal of [64, 64] accumulators whose rows are t and columns s.
+
+    A comparison of every element's row and column takes four times as many instructions: of a thread's registers, most
+    can be left out as they are.
+    """
+    v0, v1 = _by_register(v).split()
+    t0, t1 = _by_register(t[:, None] + s[None, :] * 0).split()
+    s0, s1 = _by_register(t[:, None] * 0 + s[None, :]).split()
+    v0, _ = v0.split()
+    t0, _ = t0.split()
+    s0, _ = s0.split()
+    _, v1 = v1.split()
+    _, t1 = t1.split()
+    _, s1 = s1.split()
+    both = gl.join(_on_diagonal(v0, t0, s0), _on_diagonal(v1, t1, s1))  # rows % 16 below 8, and the others
+    return gl.sum(both.permute([0, 3, 1, 2]).reshape([Q, 4]), axis=1)
+
+
+@gluon.jit
 def scores_role(
     Bs,
     Cs,
     nums,
     G0,
     G1,
+    own0,
+    own1,
+    D_ptr,
+    D0,
+    D1,
     full,
     known,
     unknown,
@@ -242,13 +310,20 @@ def scores_role(
     RELAXED: gl.constexpr,
     SPLIT: gl.constexpr,
     STAGES: gl.constexpr,
+    HEADS: gl.constexpr,
+    PER_CHANNEL: gl.constexpr,
 ):
     dtype: gl.constexpr = Bs.dtype
     N: gl.constexpr = Bs.shape[3]
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     t = gl.arange(0, Q, gl.SliceLayout(1, mma))
     s = gl.arange(0, Q, gl.SliceLayout(0, mma))
-    causal = t[:, None] >= s[None, :]
+    earlier = t[:, None] > s[None, :]
+    skip0 = 0.0
+    skip1 = 0.0
+    if D_ptr is not None and not PER_CHANNEL:
+        skip0 = gl.load(D_ptr + D0).to(gl.float32)
+        skip1 = gl.load(D_ptr + D1).to(gl.float32)
     if SPLIT:
         mbarrier.wait(walking, 0)
     stage = summed % STAGES
@@ -270,20 +345,27 @@ def scores_role(
             if c % GROUP == 1:  # the walkers were at the last of four chunks
                 mbarrier.arrive(unknown.index(unneeded), count=PAIR)
                 unneeded ^= 1
-        scores = gl.where(causal, warpgroup_mma_wait(0, [products]), 0.0)  # [t, s]
-        for k in gl.static_range(PAIR):
+        scores = warpgroup_mma_wait(0, [products])  # [t, s]
+        # What a token adds to its own output is the largest of its contributions: it is not rounded as G is.
+        same = gl.convert_layout(_diagonal(scores, t, s), gl.SliceLayout(1, mma))
+        scores = gl.where(earlier, scores, 0.0)
+        for k in gl.static_range(HEADS):
             cum = _numbers(nums, k, group, c, _CUM).load(gl.SliceLayout(1, mma))
             entry = _numbers(nums, k, group, c, _ENTRY).load(gl.SliceLayout(0, mma))
             # finite above the diagonal, where the scores are zero
             decay = gl.exp2(gl.minimum(cum[:, None] - entry[None, :], 15.0 if RELAXED else 126.0))
             if RELAXED:
-                G = scores.to(dtype) * decay.to(dtype)
+                # The sum is for ptxas, which serialises matrix products whose results are rounded at once.
+                G = (scores + 0.0).to(dtype) * decay.to(dtype)
             else:
                 G = (scores * decay).to(dtype)
+            dt = gl.exp2(cum - _numbers(nums, k, group, c, _ENTRY).load(gl.SliceLayout(1, mma)))
             if k == 0:
                 G0.index(buffer).store(G)
+                own0.index(buffer).store(same * dt + skip0)
             else:
                 G1.index(buffer).store(G)
+                own1.index(buffer).store(same * dt + skip1)
         fence_async_shared()
         mbarrier.arrive(scored.index(buffer), count=1)
         stage, phase = _advance(stage, phase, STAGES)
@@ -343,6 +425,66 @@ def store_role(
 
 
 @gluon.jit
+def _beside(head: gl.constexpr, xT, owns, D, nums, group, c, mma: gl.constexpr, PER_CHANNEL: gl.constexpr):
+    """What y^T = S C^T is multiplied by, and what is added to it for the tokens' own sake."""
+    since = _numbers(nums, head, group, c, _SINCE).load(gl.SliceLayout(0, mma))[None, :]
+    own = owns.load(gl.SliceLayout(0, mma))[None, :]
+    if PER_CHANNEL:
+        own = own + D[:, None]
+    return since, gl.convert_layout(xT, mma) * own
+
+
+@gluon.jit
+def _hand_over(
+    state, decay, at, init_ptr, handed_ptr, handed_row, passed_ptr, flag_ptr, state_row, seg, segments, N: gl.constexpr,
+):  # fmt: skip
+    """The state before a segment, [P, N], given what the segment adds to it, which goes to the segments after.
+
+    Each of those sums up what the ones before it add, back to one that hands on a whole state: every SPAN-th does. So a
+    segment waits for first passes, which all end at the same time, and for another's sum only once in SPAN segments.
+    `state` is what the segment adds, `decay` [P] what it leaves of an earlier state.
+    """
+    wide: gl.constexpr = state.type.layout
+    element: gl.constexpr = handed_ptr.dtype.element_ty
+    # As the threads of a warp hold it, one after the other's: rows of the state lie apart.
+    p = gl.arange(0, Q, gl.SliceLayout(1, wide))
+    n = gl.arange(0, N, gl.SliceLayout(0, wide))
+    kept = (p % 8 * 8 + p // 16 * 64 + p // 8 % 2 * 256)[:, None] + (n % 8 + n // 8 * 512)[None, :]
+    row = handed_ptr + handed_row
+    mine = gl.max_contiguous(gl.multiple_of(row + kept, [8, 8]), [1, 8])
+    place = seg % SPAN
+    hands = seg + 1 < segments
+    if hands:
+        gl.store(mine, state.to(element))
+        gl.store(passed_ptr, gl.max(decay, axis=0))
+        if place + 1 < SPAN:
+            sync_threads()  # every thread's part is written before the flag rises
+            gl.atomic_xchg(flag_ptr, 1, sem="release")
+    before = gl.zeros((Q, N), gl.float32, wide)
+    since = 1.0  # decay from the end of a segment to the beginning of this one
+    count = gl.minimum(seg, place + 1)
+    for j in range(1, count + 1):
+        _spin(flag_ptr - j)
+        sync_threads()
+        other = (seg - j) % SPAN
+        _read(flag_ptr - j, gl.minimum(gl.where(other + 1 < SPAN, SPAN - 1 - other, SPAN), segments - 1 - seg + j))
+        # written by another multiprocessor a moment ago: not from the L1 cache
+        that = gl.max_contiguous(gl.multiple_of(row - j * (Q * N) + kept, [8, 8]), [1, 8])
+        part = gl.load(that, cache_modifier=".cg").to(gl.float32)
+        passed = gl.load(passed_ptr - j, cache_modifier=".cg")
+        before += part * since
+        since *= passed
+    if init_ptr is not None:
+        if count == seg and place == seg:
+            before += gl.load(init_ptr + state_row + at).to(gl.float32) * since
+    if hands and place + 1 == SPAN:
+        gl.store(mine, (gl.load(mine).to(gl.float32) + before * decay[:, None]).to(element))
+        sync_threads()
+        gl.atomic_xchg(flag_ptr, 1, sem="release")
+    return before
+
+
+@gluon.jit
 def walk_role(
     k: gl.constexpr,
     D_ptr,
@@ -350,6 +492,7 @@ def walk_role(
     init_ptr,
     final_ptr,
     handed_ptr,
+    passed_ptr,
     flag_ptr,
     xs,
     Bs,
@@ -357,6 +500,7 @@ def walk_role(
     zs,
     nums,
     G,
+    owns,
     ys,
     full,
     known,
@@ -365,7 +509,7 @@ def walk_role(
     walked,
     unready,
     walking,
-    own,  # whether the slice is there: a group of an odd number of slices leaves one over
+    there,  # whether the slice is there: a group of an odd number of slices leaves one over
     state_row,
     handed_row,
     stride_D_p,
@@ -380,7 +524,10 @@ def walk_role(
     SPLIT: gl.constexpr,
     STAGES: gl.constexpr,
     Y_SCALE: gl.constexpr,
+    HEADS: gl.constexpr,
+    PER_CHANNEL: gl.constexpr,
 ):
+    head: gl.constexpr = k if HEADS == 2 else 0
     dtype: gl.constexpr = Bs.dtype
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     wide: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
@@ -399,8 +546,8 @@ def walk_role(
         decay = gl.full([Q], 1.0, gl.float32, gl.SliceLayout(1, wide))
         xT = _widen(_fetch(k, xs, full, stage, phase, summed > 0, PAIR, narrow))
         mbarrier.wait(known.index(group), turn, pred=summed > 0)
-        product = xT * _numbers(nums, k, group, 0, _LEFT).load(gl.SliceLayout(0, narrow))[None, :]
-        total = _numbers(nums, k, group, 0, _TOTAL).load(gl.SliceLayout(1, wide))
+        product = xT * _numbers(nums, head, group, 0, _LEFT).load(gl.SliceLayout(0, narrow))[None, :]
+        total = _numbers(nums, head, group, 0, _TOTAL).load(gl.SliceLayout(1, wide))
         for c in range(summed):  # what this segment alone adds to the state
             if c % GROUP == 0:
                 decay *= total
@@ -415,34 +562,22 @@ def walk_role(
             # While the product runs, all but the rounding: what ptxas sees written while one runs, it waits for.
             xT = _widen(_fetch(k, xs, full, stage, phase, c + 1 < summed, PAIR, narrow))
             mbarrier.wait(known.index(group), turn, pred=c + 1 < summed)
-            product = xT * _numbers(nums, k, group, c + 1, _LEFT).load(gl.SliceLayout(0, narrow))[None, :]
-            total = _numbers(nums, k, group, c + 1, _TOTAL).load(gl.SliceLayout(1, wide))
+            product = xT * _numbers(nums, head, group, c + 1, _LEFT).load(gl.SliceLayout(0, narrow))[None, :]
+            total = _numbers(nums, head, group, c + 1, _TOTAL).load(gl.SliceLayout(1, wide))
             state = warpgroup_mma_wait(0, [sum])
             mbarrier.arrive(walked.index(used), count=1)
             if last:
                 mbarrier.arrive(unknown.index(unneeded), count=1)
         mbarrier.arrive(walking, count=1)
-        if own:
-            before = gl.zeros((Q, N), gl.float32, wide)
-            handed = handed_ptr + handed_row
-            if seg > 0:
-                _spin(flag_ptr - 1)
-                sync_threads()
-                gl.store(flag_ptr - 1, 0)  # the flags are left as they were found
-                # written by another multiprocessor a moment ago: not from the L1 cache
-                before = gl.load(handed - Q * N + at, cache_modifier=".cg").to(gl.float32)
-            elif init_ptr is not None:
-                before = gl.load(init_ptr + state_row + at).to(gl.float32)
-            if seg + 1 < segments:
-                gl.store(handed + at, (state + before * decay[:, None]).to(handed_ptr.dtype.element_ty))
-                sync_threads()  # every thread's part is written before the flag rises
-                gl.atomic_xchg(flag_ptr, 1, sem="release")
-            state = before
+        if there:
+            state = _hand_over(state, decay, at, init_ptr, handed_ptr, handed_row, passed_ptr, flag_ptr, state_row, seg,
+                               segments, N)  # fmt: skip
     elif init_ptr is not None:
-        if own:
+        if there:
             state = gl.load(init_ptr + state_row + at).to(gl.float32)
 
-    if D_ptr is not None:
+    D = 0.0
+    if PER_CHANNEL:
         rows = gl.arange(0, Q, gl.SliceLayout(1, mma))
         D = gl.load(D_ptr + D_at + rows * stride_D_p).to(gl.float32)
     buffer = 0
@@ -454,8 +589,8 @@ def walk_role(
     mbarrier.wait(known.index(group), turn)
     for c in range(chunks):
         # Here, not while the last chunk's product runs: ptxas would serialise the products.
-        weighted = _weigh(k, xT, nums, group, c, dtype)
-        total = _numbers(nums, k, group, c, _TOTAL).load(gl.SliceLayout(1, wide))
+        weighted = _weigh(head, xT, nums, group, c, dtype)
+        total = _numbers(nums, head, group, c, _TOTAL).load(gl.SliceLayout(1, wide))
         zeros = gl.zeros((Q, Q), gl.float32, mma)
         before = gl.convert_layout(state.to(dtype), narrow_state)
         state *= total[:, None]
@@ -463,11 +598,14 @@ def walk_role(
         # The state needs nothing of y: both products are under way before either is waited for.
         y = warpgroup_mma(before, C.permute([1, 0]), zeros, use_acc=False, is_async=True)
         sum = warpgroup_mma(weighted, Bs.index(stage).reshape([Q, N]), state, is_async=True)
+        if PAIR == 1:  # with two there are not the registers to have this ready before
+            mbarrier.wait(scored.index(buffer), lap)
+            since, own = _beside(head, xT, owns.index(buffer), D, nums, group, c, mma, PER_CHANNEL)
         y = warpgroup_mma_wait(1, [y])
-        y *= _numbers(nums, k, group, c, _SINCE).load(gl.SliceLayout(0, mma))[None, :]
-        if D_ptr is not None:
-            y += gl.convert_layout(xT, mma) * D[:, None]
-        mbarrier.wait(scored.index(buffer), lap)
+        if PAIR == 2:
+            mbarrier.wait(scored.index(buffer), lap)
+            since, own = _beside(head, xT, owns.index(buffer), D, nums, group, c, mma, PER_CHANNEL)
+        y = y * since + own
         state = warpgroup_mma_wait(0, [sum])
         y = warpgroup_mma(xT.to(dtype), G.index(buffer).permute([1, 0]), y, is_async=True)
         # in its shadow: the next chunk's x comes
@@ -492,6 +630,6 @@ def walk_role(
         xT = _widen(nextT)
         buffer, lap = _advance(buffer, lap, 2)
     if STORE_FINAL:
-        if own:
+        if there:
             if seg + 1 == segments:
-                gl.store(final_ptr + state_row + at, state)
+                gl.store(gl.max_contiguous(gl.multiple_of(final_ptr + state_row + at, [8, 8]), [1, 8]), state)

@@ -6,15 +6,18 @@ walks it in chunks of 64 tokens. Its warps have roles, tied together by a ring o
     loader    1 warp   copies x, B, C and z of a chunk into a stage (TMA: nothing is read past the end of the sequence)
     decays    1 + 1    turn dt of a slice into the running decays that everybody else needs, four chunks at a time
                        (4 warps where a block has one slice: the first chunk waits for them)
-    scores    4 warps  G = (C B^T) * decay, once for the pair, into shared memory
+    scores    4 warps  C B^T once for the pair, into shared memory: G = (C B^T) * decay below the diagonal, in the dtype
+                       of x, and beside it in float32 the diagonal, what a token adds to its own output, plus D
     walkers   4 + 4    one slice each, the state in registers:
-                       y^T = S C^T and, beside it, S = S * decay + (x w)^T B, then y^T += x^T G^T
+                       y^T = S C^T and, beside it, S = S * decay + (x w)^T B, then y^T += x^T G^T + x^T * diagonal
     store     1 warp   sends y on its way to memory (TMA)
 
 Everything is transposed (channels are the rows) so that the state and x are register operands of the products and
 never go through shared memory. Where batch x heads does not fill the GPU, the sequence is split into segments, and
-the walkers first sum up what their segment adds to the state, hand it on, and then walk it again for the output, as in
-`fastmamba.kernels.ssd_portable`.
+the walkers first sum up what their segment adds to the state, hand it on, and then walk it again for the output. A
+segment sums up what those before it have added, and looks no further back than to one that has handed on a whole state.
+
+Two slices of one head (channels 64 to a slice) share the decays and G.
 """
 
 from __future__ import annotations
@@ -91,6 +94,7 @@ def _kernel(
     STAGES: gl.constexpr,
     LOG_A: gl.constexpr,
     Y_SCALE: gl.constexpr,
+    PER_CHANNEL: gl.constexpr,  # D
 ):
     dtype: gl.constexpr = x_desc.dtype
     if SPLIT:
@@ -129,11 +133,16 @@ def _kernel(
     # Two memories: Triton would put a barrier between stores to parts of one.
     square: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     G0 = gl.allocate_shared_memory(dtype, [2, Q, Q], square)
+    owns: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    own0 = gl.allocate_shared_memory(gl.float32, [2, Q], owns)
     G1 = G0
-    if PAIR == 2:
+    own1 = own0
+    HEADS: gl.constexpr = 2 if PAIR == 2 and SLICES % 2 == 1 else 1  # two slices of one head share all but x
+    if HEADS == 2:
         G1 = gl.allocate_shared_memory(dtype, [2, Q, Q], square)
+        own1 = gl.allocate_shared_memory(gl.float32, [2, Q], owns)
     ys = gl.allocate_shared_memory(dtype, [2, 1, Q, Q], tile)  # of both slices, or of two chunks
-    nums = gl.allocate_shared_memory(gl.float32, [2 * PAIR * ROWS * GROUP, Q], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    nums = gl.allocate_shared_memory(gl.float32, [2 * HEADS * ROWS * GROUP, Q], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     walked = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     known = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -159,7 +168,7 @@ def _kernel(
         mbarrier.init(walked.index(i), count=PAIR)  # the walkers
     mbarrier.init(walking, count=PAIR)
     for i in gl.static_range(2):
-        mbarrier.init(known.index(i), count=PAIR)  # the decays
+        mbarrier.init(known.index(i), count=HEADS)  # the decays
         mbarrier.init(unknown.index(i), count=PAIR)  # the walkers, or the scores for them
         mbarrier.init(scored.index(i), count=1)
         mbarrier.init(unready.index(i), count=1)
@@ -171,48 +180,56 @@ def _kernel(
     state_row1 = (b.to(gl.int64) * channels + v1 * Q) * N
     handed_row = ((b.to(gl.int64) * slices + v) * segments + seg) * (Q * N)
     handed_row1 = ((b.to(gl.int64) * slices + v1) * segments + seg) * (Q * N)
+    # behind what is handed over: the decay over each segment, float32
+    parts = gl.num_programs(0) // (blocks * segments) * slices * segments
+    passed = (handed_ptr + parts.to(gl.int64) * (Q * N)).to(gl.pointer_type(gl.float32), bitcast=True)
+    passed += (b * slices + v) * segments + seg
+    passed1 = passed + (v1 - v) * segments
     flag = sync_ptr + 1 + (b * slices + v) * segments + seg
     flag1 = sync_ptr + 1 + (b * slices + v1) * segments + seg
     D0 = head0 * stride_D_h + v % SLICES * Q * stride_D_p
     D1 = head1 * stride_D_h + v1 % SLICES * Q * stride_D_p
 
+    summed1 = summed if HEADS == 2 else summed * 0  # nothing to do for the second decays
+    chunks1 = chunks if HEADS == 2 else chunks * 0
+
     # fmt: off
     if PAIR == 2:
         gl.warp_specialize(
             [
-                (scores_role, (Bs, Cs, nums, G0, G1, full, known, unknown, scored, walked, walking, summed,
-                               chunks, PAIR, RELAXED, SPLIT, STAGES)),
-                (walk_role, (gl.constexpr(0), D_ptr, D0, init_ptr, final_ptr, handed_ptr, flag, xs, Bs, Cs, zs, nums,
-                             G0, ys, full, known, unknown, scored, walked, unready, walking, v >= 0,
-                             state_row, handed_row, stride_D_p, seg, segments, summed, chunks, N, PAIR, GATED,
-                             STORE_FINAL, SPLIT, STAGES, Y_SCALE)),
-                (walk_role, (gl.constexpr(1), D_ptr, D1, init_ptr, final_ptr, handed_ptr, flag1, xs, Bs, Cs, zs, nums,
-                             G1, ys, full, known, unknown, scored, walked, unready, walking, second,
-                             state_row1, handed_row1, stride_D_p, seg, segments, summed, chunks, N, PAIR, GATED,
-                             STORE_FINAL, SPLIT, STAGES, Y_SCALE)),
+                (scores_role, (Bs, Cs, nums, G0, G1, own0, own1, D_ptr, D0, D1, full, known, unknown, scored, walked,
+                               walking, summed, chunks, PAIR, RELAXED, SPLIT, STAGES, HEADS, PER_CHANNEL)),
+                (walk_role, (gl.constexpr(0), D_ptr, D0, init_ptr, final_ptr, handed_ptr, passed, flag, xs, Bs, Cs,
+                             zs, nums, G0, own0, ys, full, known, unknown, scored, walked, unready, walking,
+                             v >= 0, state_row, handed_row, stride_D_p, seg, segments, summed, chunks, N, PAIR, GATED,
+                             STORE_FINAL, SPLIT, STAGES, Y_SCALE, HEADS, PER_CHANNEL)),
+                (walk_role, (gl.constexpr(1), D_ptr, D1, init_ptr, final_ptr, handed_ptr, passed1, flag1, xs, Bs, Cs,
+                             zs, nums, G1, own1, ys, full, known, unknown, scored, walked, unready, walking,
+                             second, state_row1, handed_row1, stride_D_p, seg, segments, summed, chunks, N, PAIR, GATED,
+                             STORE_FINAL, SPLIT, STAGES, Y_SCALE, HEADS, PER_CHANNEL)),
                 (load_role, (x_desc, B_desc, C_desc, z_desc, xs, Bs, Cs, zs, full, walked, b, first, v, g, summed,
                              chunks, N, PAIR, GATED, STAGES)),
                 (decays_role, (gl.constexpr(0), dt0, A_ptr, bias_ptr, head0, nums, known, unknown, stride_dt_t, dt_min,
-                               dt_max, tokens, summed, chunks, SOFTPLUS, CLAMP, PAIR, SPLIT, LOG_A)),
+                               dt_max, tokens, summed, chunks, SOFTPLUS, CLAMP, PAIR, SPLIT, LOG_A, HEADS)),
                 (decays_role, (gl.constexpr(1), dt1, A_ptr, bias_ptr, head1, nums, known, unknown, stride_dt_t, dt_min,
-                               dt_max, tokens, summed, chunks, SOFTPLUS, CLAMP, PAIR, SPLIT, LOG_A)),
+                               dt_max, tokens, summed1, chunks1, SOFTPLUS, CLAMP, PAIR, SPLIT, LOG_A, HEADS)),
                 (store_role, (y_desc, ys, walked, unready, walking, b, first, v, second, summed, chunks, PAIR, SPLIT,
                               STAGES)),
             ],
             [4, 4, 1, 1, 1, 1],
-            [192, 192, 40, 40, 40, 40],
+            [184, 184, 56, 56, 56, 56],  # with 40 the decays spill, and everybody waits for them: 12% at 16K tokens
         )
     else:
         gl.warp_specialize(
             [
-                (scores_role, (Bs, Cs, nums, G0, G1, full, known, unknown, scored, walked, walking, summed,
-                               chunks, PAIR, RELAXED, SPLIT, STAGES)),
-                (walk_role, (gl.constexpr(0), D_ptr, D0, init_ptr, final_ptr, handed_ptr, flag, xs, Bs, Cs, zs, nums,
-                             G0, ys, full, known, unknown, scored, walked, unready, walking, v >= 0,
-                             state_row, handed_row, stride_D_p, seg, segments, summed, chunks, N, PAIR, GATED,
-                             STORE_FINAL, SPLIT, STAGES, Y_SCALE)),
+                (scores_role, (Bs, Cs, nums, G0, G1, own0, own1, D_ptr, D0, D1, full, known, unknown, scored, walked,
+                               walking, summed, chunks, PAIR, RELAXED, SPLIT, STAGES, HEADS, PER_CHANNEL)),
+                (walk_role, (gl.constexpr(0), D_ptr, D0, init_ptr, final_ptr, handed_ptr, passed, flag, xs, Bs, Cs,
+                             zs, nums, G0, own0, ys, full, known, unknown, scored, walked, unready, walking,
+                             v >= 0, state_row, handed_row, stride_D_p, seg, segments, summed, chunks, N, PAIR, GATED,
+                             STORE_FINAL, SPLIT, STAGES, Y_SCALE, HEADS, PER_CHANNEL)),
                 (decays_role, (gl.constexpr(0), dt0, A_ptr, bias_ptr, head0, nums, known, unknown, stride_dt_t, dt_min,
-                               dt_max, tokens, summed, chunks, SOFTPLUS, CLAMP, PAIR, SPLIT, LOG_A)),
+                               dt_max, tokens, summed, chunks, SOFTPLUS, CLAMP, PAIR, SPLIT, LOG_A, HEADS)),
                 (load_role, (x_desc, B_desc, C_desc, z_desc, xs, Bs, Cs, zs, full, walked, b, first, v, g, summed,
                              chunks, N, PAIR, GATED, STAGES)),
                 (store_role, (y_desc, ys, walked, unready, walking, b, first, v, second, summed, chunks, PAIR, SPLIT,
@@ -281,7 +298,7 @@ def ssd(
     final = new((batch, heads, head_dim, width) if return_final_states else (1,), dtype=torch.float32)
     handed = sync = final  # not looked at unless the sequence is split
     if segments > 1:
-        handed = new(batch * slices * segments * 64 * width, dtype=state_dtype)
+        handed = new(batch * slices * segments * (64 * width + 4 // state_dtype.itemsize), dtype=state_dtype)
         sync = zeros_left_as_found(1 + batch * slices * segments, x.device)
     channels = heads * head_dim
     tensors: tuple[Any, ...] = (
@@ -326,6 +343,7 @@ def ssd(
         2 if z is not None and width > 64 else config.stages,
         log_A,
         y_scale,
+        D is not None and D.ndim == 2,
     )
     _launch((batch * groups * blocks_per_group * segments, 1, 1), tensors, numbers, constants, num_warps=config.warps)
     return y, final if return_final_states else new(0, dtype=torch.float32)

@@ -1,8 +1,9 @@
-"""The Hopper variant of the SSD compiles with the Triton that is installed; it takes no GPU."""
+"""The Hopper variant of the SSD compiles with the Triton that is installed, as fast as it is meant; it takes no GPU."""
 
 from __future__ import annotations
 
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -16,11 +17,12 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 from fastmamba.kernels import ssd_hopper
 
-pair, split, gated = (value == "1" for value in sys.argv[1:])
+pair, split, gated, relaxed, slices = (int(value) for value in sys.argv[1:])
 width, dtype, layout = 64, "bf16", repr(ssd_hopper._TILE)
 constants = {
-    "N": width, "SLICES": 1, "PAIR": 1 + pair, "SOFTPLUS": True, "CLAMP": False, "GATED": gated, "STORE_FINAL": True,
-    "SPLIT": split, "RELAXED": False, "STAGES": 2, "LOG_A": True, "Y_SCALE": 1.0, "init_ptr": None,
+    "N": width, "SLICES": slices, "PAIR": 1 + pair, "SOFTPLUS": True, "CLAMP": False, "GATED": bool(gated),
+    "STORE_FINAL": True, "SPLIT": bool(split), "RELAXED": bool(relaxed), "STAGES": 2, "LOG_A": True, "Y_SCALE": 1.0,
+    "PER_CHANNEL": False, "init_ptr": None,
 }
 if not gated:
     constants["z_desc"] = None
@@ -44,9 +46,16 @@ assert compiled.metadata.shared <= 227 * 1024
 """
 
 
-@pytest.mark.parametrize("form", [("0", "0", "1"), ("1", "1", "0")], ids=["one slice, gate", "two slices, segments"])
-def test_compiles_for_hopper(form: tuple[str, str, str]) -> None:
+# pair, split, gated, relaxed, slices of a head
+_FORMS = {"one slice, gate": "00101", "two slices, segments, relaxed": "11011", "two slices of a head, gate": "11102"}
+
+
+@pytest.mark.parametrize("form", _FORMS.values(), ids=_FORMS)
+def test_compiles_for_hopper(form: str, tmp_path: pathlib.Path) -> None:
     pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_DUMP_PTXAS_LOG": "1", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", _PROGRAM, *form], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "registers" in done.stdout, "ptxas has left no log"
+    assert "serialized" not in done.stdout, done.stdout  # matrix products that are to run at the same time
