@@ -166,6 +166,10 @@ def decays_role(
     LOG_A: gl.constexpr,
     HEADS: gl.constexpr,
 ):
+    # Two warps with one head between them take turns at the groups of chunks, and at the buffers.
+    STEP: gl.constexpr = 2 if PAIR == 2 and HEADS == 1 else 1
+    FIRST: gl.constexpr = k if STEP == 2 else 0
+    slot: gl.constexpr = 0 if STEP == 2 else k
     # Blocks of one slice have warps to spare: four share the work, and the first chunk waits less.
     if PAIR == 2:
         layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
@@ -178,8 +182,10 @@ def decays_role(
         nums = nums._reinterpret(gl.float32, [2 * HEADS * ROWS, GROUP, Q], rows)
     chunk = gl.arange(0, GROUP, gl.SliceLayout(1, layout))
     q = chunk[:, None] * Q + gl.arange(0, Q, gl.SliceLayout(0, layout))[None, :]  # [GROUP, Q]
+    first_pass = (summed + GROUP - 1) // GROUP
     # all loads before the first use of one
-    ahead = gl.load(dt_ptr + q.to(gl.int64) * stride_dt_t, mask=q < tokens, other=0.0)
+    after = gl.where(FIRST < first_pass, FIRST, FIRST - first_pass) * (GROUP * Q) + q
+    ahead = gl.load(dt_ptr + after.to(gl.int64) * stride_dt_t, mask=after < tokens, other=0.0)
     A = gl.load(A_ptr + head)
     bias = 0.0
     if bias_ptr is not None:
@@ -188,13 +194,12 @@ def decays_role(
     if LOG_A:
         A = -gl.exp(A)
     A *= LOG2E
-    buffer = 0
+    buffer = FIRST
     phase = 0
-    first_pass = (summed + GROUP - 1) // GROUP
-    for i in range(first_pass + (chunks + GROUP - 1) // GROUP):
+    for i in range(FIRST, first_pass + (chunks + GROUP - 1) // GROUP, STEP):
         t = gl.where(i < first_pass, i, i - first_pass) * (GROUP * Q) + q
         dt = ahead.to(gl.float32) + bias
-        after = gl.where(i + 1 < first_pass, i + 1, i + 1 - first_pass) * (GROUP * Q) + q
+        after = gl.where(i + STEP < first_pass, i + STEP, i + STEP - first_pass) * (GROUP * Q) + q
         ahead = gl.load(dt_ptr + after.to(gl.int64) * stride_dt_t, mask=after < tokens, other=0.0)
         if SOFTPLUS:
             dt = _softplus(dt)
@@ -218,14 +223,17 @@ def decays_role(
             last = last[:, None]
             left = last - entry
         mbarrier.wait(unknown.index(buffer), phase ^ 1)
-        row = (k * 2 + buffer) * ROWS
+        row = (slot * 2 + buffer) * ROWS
         nums.index(row + _CUM).store(cum)
         nums.index(row + _ENTRY).store(entry)
         nums.index(row + _SINCE).store(gl.exp2(cum))
         nums.index(row + _LEFT).store(gl.exp2(left))
-        nums.index(row + _TOTAL).store(gl.exp2(cum * 0.0 + last))
+        nums.index(row + _TOTAL).store(cum * 0.0 + gl.exp2(last))
         mbarrier.arrive(known.index(buffer), count=1)
-        buffer, phase = _advance(buffer, phase, 2)
+        if STEP == 2:
+            phase ^= 1
+        else:
+            buffer, phase = _advance(buffer, phase, 2)
 
 
 @gluon.jit

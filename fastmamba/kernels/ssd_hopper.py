@@ -17,7 +17,7 @@ never go through shared memory. Where batch x heads does not fill the GPU, the s
 the walkers first sum up what their segment adds to the state, hand it on, and then walk it again for the output. A
 segment sums up what those before it have added, and looks no further back than to one that has handed on a whole state.
 
-Two slices of one head (channels 64 to a slice) share the decays and G.
+Two slices of one head (channels 64 to a slice) share the decays and G, and the two decays warps the work.
 """
 
 from __future__ import annotations
@@ -190,9 +190,6 @@ def _kernel(
     D0 = head0 * stride_D_h + v % SLICES * Q * stride_D_p
     D1 = head1 * stride_D_h + v1 % SLICES * Q * stride_D_p
 
-    summed1 = summed if HEADS == 2 else summed * 0  # nothing to do for the second decays
-    chunks1 = chunks if HEADS == 2 else chunks * 0
-
     # fmt: off
     if PAIR == 2:
         gl.warp_specialize(
@@ -212,7 +209,7 @@ def _kernel(
                 (decays_role, (gl.constexpr(0), dt0, A_ptr, bias_ptr, head0, nums, known, unknown, stride_dt_t, dt_min,
                                dt_max, tokens, summed, chunks, SOFTPLUS, CLAMP, PAIR, SPLIT, LOG_A, HEADS)),
                 (decays_role, (gl.constexpr(1), dt1, A_ptr, bias_ptr, head1, nums, known, unknown, stride_dt_t, dt_min,
-                               dt_max, tokens, summed1, chunks1, SOFTPLUS, CLAMP, PAIR, SPLIT, LOG_A, HEADS)),
+                               dt_max, tokens, summed, chunks, SOFTPLUS, CLAMP, PAIR, SPLIT, LOG_A, HEADS)),
                 (store_role, (y_desc, ys, walked, unready, walking, b, first, v, second, summed, chunks, PAIR, SPLIT,
                               STAGES)),
             ],
