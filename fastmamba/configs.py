@@ -123,7 +123,7 @@ def _suited(
         regular
         and dtype in (torch.bfloat16, torch.float16)
         and head_dim % _HOPPER_CHUNK == 0
-        and state in (64, 128)
+        and state in (64, 128, 256)
         and (chunk_size is None or chunk_size >= _HOPPER_CHUNK)
     )
     return variants if hopper else tuple(variant for variant in variants if variant != "hopper")
@@ -190,7 +190,7 @@ def _choose(
         slices = heads * head_dim // _HOPPER_CHUNK
         chunks = -(-tokens // _HOPPER_CHUNK)
         segments, block_slices = _hopper_split(
-            batch * groups, slices // groups, chunks, _limits(device).multiprocessors
+            batch * groups, slices // groups, chunks, _limits(device).multiprocessors, state
         )
         return SsdConfig(
             variant="hopper",
@@ -210,45 +210,56 @@ def _choose(
 _HOPPER_CHUNK = 64
 """Tokens of a chunk, and channels of a slice, of the Hopper variant."""
 
-_SUMMING = 0.42
-"""What a chunk costs in a segment's first pass, of what it costs in the second."""
 
-_START = 12.0
-"""What a wave of blocks costs besides, in chunks."""
+@dataclass(frozen=True)
+class _Blocks:
+    """What blocks of the Hopper variant cost, each alone on its multiprocessor; a chunk of two slices of 128 is 1."""
 
-_SPLIT = 1.1
-"""What splitting costs besides, in chunks."""
+    slices: int
+    """That a block walks."""
+    chunk: float
+    """A chunk's second pass."""
+    summing: float = 0.42
+    """A chunk's first pass, of its second."""
+    start: float = 12.0
+    """What a wave of blocks costs besides, in chunks."""
+    split: float = 1.1
+    """What splitting costs besides."""
+    look: float = 0.7
+    """What a segment pays for each segment that it looks back to."""
+    span: int = 8
+    """How many those are at most; one in so many waits for the one before it."""
+    handover: float = 1.75
+    """That wait."""
 
-_LOOK = 0.7
-"""What a segment pays for each segment that it looks back to, in chunks."""
-
-_SPAN = 8
-"""How many those are at most; one in so many waits for the one before it."""
-
-_HANDOVER = 1.75
-"""That wait, in chunks."""
-
-_ALONE = 0.6
-"""What a chunk costs a block of one slice, of what it costs a block of two."""
+    def cost(self, rows: int, slices: int, chunks: int, segments: int, multiprocessors: int) -> float:
+        """Of `rows` groups of sequences, each of so many slices and chunks."""
+        walk = chunks if segments == 1 else (1 + self.summing) * -(-chunks // segments)
+        waves = -(-rows * -(-slices // self.slices) * segments // multiprocessors)
+        looked = self.look * min(segments - 1, self.span) + self.handover * ((segments - 1) // self.span)
+        handed = 0.0 if segments == 1 else self.split + looked
+        return waves * (walk * self.chunk + self.start) + handed
 
 
-def _hopper_split(rows: int, slices: int, chunks: int, multiprocessors: int) -> tuple[int, int]:
-    """Into how many segments to split a sequence, and how many slices to give a block, alone on its multiprocessor.
+_NARROW = (_Blocks(slices=2, chunk=1.0), _Blocks(slices=1, chunk=0.6))
+"""Up to 128 state channels. Fitted to 64 launches on an H200, of 8 to 128 heads and 1K to 128K tokens; of each shape's
+they pick the fastest, or one 1% slower."""
+_WIDE_STATE = (_Blocks(slices=1, chunk=1.0, summing=0.55, start=6.5),)
+"""More of them. Fitted to launches on an H200, of 48 slices and 1K to 64K tokens, but for the costs of splitting: a
+block hands over as much as one of two slices of 128."""
 
-    The costs were fitted to 64 launches on an H200, of 8 to 128 heads and 1K to 128K tokens; of each shape's they pick
-    the fastest, or one 1% slower. `rows` are the groups of all sequences.
+
+def _hopper_split(rows: int, slices: int, chunks: int, multiprocessors: int, state: int) -> tuple[int, int]:
+    """Into how many segments to split a sequence, and how many slices to give a block.
+
+    `rows` are the groups of all sequences.
     """
-
-    def cost(choice: tuple[int, int]) -> float:
-        segments, block_slices = choice
-        walk = chunks if segments == 1 else (1 + _SUMMING) * -(-chunks // segments)
-        waves = -(-rows * -(-slices // block_slices) * segments // multiprocessors)
-        looked = _LOOK * min(segments - 1, _SPAN) + _HANDOVER * ((segments - 1) // _SPAN)
-        handed = 0.0 if segments == 1 else _SPLIT + looked
-        return waves * ((walk if block_slices == 2 else walk * _ALONE) + _START) + handed
-
     most = max(1, min(chunks // 4, 64))
-    return min(((segments, each) for each in (2, 1) for segments in range(1, most + 1)), key=cost)
+    choices = (
+        (blocks, segments) for blocks in (_NARROW if state <= 128 else _WIDE_STATE) for segments in range(1, most + 1)
+    )
+    blocks, segments = min(choices, key=lambda choice: choice[0].cost(rows, slices, chunks, choice[1], multiprocessors))
+    return segments, blocks.slices
 
 
 @dataclass(frozen=True)

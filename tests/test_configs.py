@@ -157,26 +157,30 @@ def test_the_portable_kernel_fills_the_gpu(h200, walks: int, tokens: int, chunk:
 
 
 @pytest.mark.parametrize(
-    ("heads", "head_dim", "tokens", "segments", "slices"),
+    ("heads", "head_dim", "state", "tokens", "segments", "slices"),
     [  # what was fastest on an H200
-        (80, 64, 1024, 1, 1),
-        (80, 64, 4096, 3, 2),
-        (80, 64, 16384, 3, 2),
-        (48, 64, 16384, 5, 2),
-        (48, 64, 131072, 11, 2),
-        (24, 64, 1024, 4, 1),
-        (24, 64, 4096, 5, 1),
-        (24, 64, 16384, 11, 2),
-        (8, 64, 16384, 16, 1),
-        (40, 128, 65536, 3, 2),
-        (128, 64, 16384, 1, 1),
+        (80, 64, 128, 1024, 1, 1),
+        (80, 64, 128, 4096, 3, 2),
+        (80, 64, 128, 16384, 3, 2),
+        (48, 64, 128, 16384, 5, 2),
+        (48, 64, 128, 131072, 11, 2),
+        (24, 64, 128, 1024, 4, 1),
+        (24, 64, 128, 4096, 5, 1),
+        (24, 64, 128, 16384, 11, 2),
+        (8, 64, 128, 16384, 16, 1),
+        (40, 128, 128, 65536, 3, 2),
+        (128, 64, 128, 16384, 1, 1),
+        (24, 128, 256, 1024, 2, 1),
+        (24, 128, 256, 4096, 5, 1),
+        (48, 64, 256, 16384, 8, 1),
+        (48, 64, 256, 65536, 11, 1),
     ],
 )
 def test_the_hopper_kernel_fills_the_gpu(
-    h200, heads: int, head_dim: int, tokens: int, segments: int, slices: int
+    h200, heads: int, head_dim: int, state: int, tokens: int, segments: int, slices: int
 ) -> None:
     with override("hopper"):
-        config = ssd_config(h200, torch.bfloat16, 1, tokens, heads, head_dim, 128, None)
+        config = ssd_config(h200, torch.bfloat16, 1, tokens, heads, head_dim, state, None)
     assert (config.variant, config.segments, config.block_slices) == ("hopper", segments, slices)
 
 

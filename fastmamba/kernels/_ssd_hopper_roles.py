@@ -170,8 +170,8 @@ def decays_role(
     STEP: gl.constexpr = 2 if PAIR == 2 and HEADS == 1 else 1
     FIRST: gl.constexpr = k if STEP == 2 else 0
     slot: gl.constexpr = 0 if STEP == 2 else k
-    # Blocks of one slice have warps to spare: four share the work, and the first chunk waits less.
-    if PAIR == 2:
+    # Where a block has warps to spare, four share the work, and the first chunk waits less.
+    if gl.num_warps() == 1:
         layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
     else:
         layout: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [4, 1], [1, 0])

@@ -12,6 +12,8 @@ walks it in chunks of 64 tokens. Its warps have roles, tied together by a ring o
                        y^T = S C^T and, beside it, S = S * decay + (x w)^T B, then y^T += x^T G^T + x^T * diagonal
     store     1 warp   sends y on its way to memory (TMA)
 
+A state of 256 does not fit: `fastmamba.kernels._ssd_hopper_wide` has two walkers share the state of one slice.
+
 Everything is transposed (channels are the rows) so that the state and x are register operands of the products and
 never go through shared memory. Where batch x heads does not fill the GPU, the sequence is split into segments, and
 the walkers first sum up what their segment adds to the state, hand it on, and then walk it again for the output. A
@@ -46,6 +48,7 @@ from fastmamba.kernels._ssd_hopper_roles import (
     sync_threads,
     walk_role,
 )
+from fastmamba.kernels._ssd_hopper_wide import HALF, wide_kernel
 from fastmamba.kernels._sync import zeros_left_as_found
 
 _SIZES = ["T", "slices", "slices_per_group", "blocks_per_group", "groups", "segments", "chunks_per_segment"]
@@ -239,6 +242,7 @@ def _kernel(
 
 
 _launch = Launcher(_kernel, described=True)
+_launch_wide = Launcher(wide_kernel, described=True)
 _TILE = gl.NVMMASharedLayout(128, 16, rank=3)
 
 
@@ -283,7 +287,8 @@ def ssd(
     groups, width = B.shape[2], B.shape[3]
     slices = heads * head_dim // 64
     slices_per_group = slices // groups
-    blocks_per_group = -(-slices_per_group // config.block_slices)
+    part = min(width, HALF.value)  # of a state: what a walker holds, and B and C come in
+    blocks_per_group = -(-slices_per_group // (config.block_slices if part == width else 1))
     chunks = -(-tokens // config.chunk)
     segments = min(config.segments, chunks)
     # Equal ones, though the last has no first pass: it has to wait until the others are through with theirs.
@@ -295,14 +300,15 @@ def ssd(
     final = new((batch, heads, head_dim, width) if return_final_states else (1,), dtype=torch.float32)
     handed = sync = final  # not looked at unless the sequence is split
     if segments > 1:
-        handed = new(batch * slices * segments * (64 * width + 4 // state_dtype.itemsize), dtype=state_dtype)
-        sync = zeros_left_as_found(1 + batch * slices * segments, x.device)
+        walks = batch * slices * segments * (width // part)
+        handed = new(walks * (64 * part + 4 // state_dtype.itemsize), dtype=state_dtype)
+        sync = zeros_left_as_found(1 + walks, x.device)
     channels = heads * head_dim
     tensors: tuple[Any, ...] = (
         dt,
         _descriptor(x, channels, 64),
-        _descriptor(B, groups * width, width),
-        _descriptor(C, groups * width, width),
+        _descriptor(B, groups * width, part),
+        _descriptor(C, groups * width, part),
         None if z is None else _descriptor(z, channels, 64),
         _descriptor(y, channels, 64),
         A.contiguous(),
@@ -327,20 +333,13 @@ def ssd(
         *((0, 0) if D is None else (1, 0) if D.ndim == 1 else (head_dim, 1)),
     )
     clamp = dt_min > 0.0 or dt_max != float("inf") or not dt_softplus
-    constants = (
-        width,
-        head_dim // 64,
-        config.block_slices,
-        dt_softplus,
-        clamp,
-        z is not None,
-        return_final_states,
-        segments > 1,
-        relaxed,
-        2 if z is not None and width > 64 else config.stages,
-        log_A,
-        y_scale,
-        D is not None and D.ndim == 2,
-    )
-    _launch((batch * groups * blocks_per_group * segments, 1, 1), tensors, numbers, constants, num_warps=config.warps)
+    form = (dt_softplus, clamp, z is not None, return_final_states, segments > 1, relaxed)
+    grid = (batch * groups * blocks_per_group * segments, 1, 1)
+    if width > part:
+        _launch_wide(grid, tensors, numbers, (head_dim // 64, *form, log_A, y_scale), num_warps=config.warps)
+    else:
+        stages = 2 if z is not None and width > 64 else config.stages
+        per_channel = D is not None and D.ndim == 2
+        constants = (width, head_dim // 64, config.block_slices, *form, stages, log_A, y_scale, per_channel)
+        _launch(grid, tensors, numbers, constants, num_warps=config.warps)
     return y, final if return_final_states else new(0, dtype=torch.float32)

@@ -17,8 +17,9 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 from fastmamba.kernels import ssd_hopper
 
-pair, split, gated, relaxed, slices = (int(value) for value in sys.argv[1:])
-width, dtype, layout = 64, "bf16", repr(ssd_hopper._TILE)
+kernel = getattr(ssd_hopper, sys.argv[1])
+pair, split, gated, relaxed, slices = (int(value) for value in sys.argv[2])
+width, dtype, layout = 64 if sys.argv[1] == "_kernel" else 128, "bf16", repr(ssd_hopper._TILE)
 constants = {
     "N": width, "SLICES": slices, "PAIR": 1 + pair, "SOFTPLUS": True, "CLAMP": False, "GATED": bool(gated),
     "STORE_FINAL": True, "SPLIT": bool(split), "RELAXED": bool(relaxed), "STAGES": 2, "LOG_A": True, "Y_SCALE": 1.0,
@@ -28,7 +29,7 @@ if not gated:
     constants["z_desc"] = None
 floats = ("final_ptr", "handed_ptr")
 signature, constexprs = {}, {}
-for place, parameter in enumerate(ssd_hopper._kernel.params):
+for place, parameter in enumerate(kernel.params):
     name = parameter.name
     if name in constants:
         signature[name], constexprs[place,] = "constexpr", constants[name]
@@ -39,7 +40,7 @@ for place, parameter in enumerate(ssd_hopper._kernel.params):
         signature[name] = "*i32" if name == "sync_ptr" else "*fp32" if name in floats else "*" + dtype
     else:
         signature[name] = "fp32" if name in ("dt_min", "dt_max") else "i32"
-source = GluonASTSource(ssd_hopper._kernel, signature, constexprs)
+source = GluonASTSource(kernel, signature, constexprs)
 compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
 assert "wgmma.mma_async" in compiled.asm["ptx"] and compiled.asm["cubin"]
 assert compiled.metadata.shared <= 227 * 1024
@@ -47,11 +48,16 @@ assert compiled.metadata.shared <= 227 * 1024
 
 
 # pair, split, gated, relaxed, slices of a head
-_FORMS = {"one slice, gate": "00101", "two slices, segments, relaxed": "11011", "two slices of a head, gate": "11102"}
+_FORMS = {
+    "one slice, gate": ("_kernel", "00101"),
+    "two slices, segments, relaxed": ("_kernel", "11011"),
+    "two slices of a head, gate": ("_kernel", "11102"),
+    "state of 256, segments, gate": ("wide_kernel", "01101"),
+}
 
 
 @pytest.mark.parametrize("form", _FORMS.values(), ids=_FORMS)
-def test_compiles_for_hopper(form: str, tmp_path: pathlib.Path) -> None:
+def test_compiles_for_hopper(form: tuple[str, str], tmp_path: pathlib.Path) -> None:
     pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_DUMP_PTXAS_LOG": "1", "TRITON_CACHE_DIR": str(tmp_path)}

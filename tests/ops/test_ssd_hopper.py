@@ -37,7 +37,7 @@ def random_case(seed: int) -> SsdCase:
         heads=groups * draw.choice((1, 2, 3, 5, 8)),
         head_dim=draw.choice((64, 64, 128)),
         groups=groups,
-        state=draw.choice((64, 128, 128)),
+        state=draw.choice((64, 128, 128, 256)),
         dtype=draw.choice((torch.float16, torch.bfloat16)),
         device="cuda",
         seed=seed,
@@ -88,8 +88,8 @@ def test_split_sequences(segments: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     ("heads", "head_dim", "state", "slices", "segments"),
-    [(3, 64, 128, 2, 20), (3, 64, 64, 1, 17), (2, 128, 128, 2, 9)],
-    ids=["a slice over", "one slice", "two slices of a head"],
+    [(3, 64, 128, 2, 20), (3, 64, 64, 1, 17), (2, 128, 128, 2, 9), (3, 64, 256, 1, 17)],
+    ids=["a slice over", "one slice", "two slices of a head", "a state of 256"],
 )
 def test_repeated_calls_are_bit_identical(heads: int, head_dim: int, state: int, slices: int, segments: int) -> None:
     # more segments than look back to one: some hand on whole states
@@ -112,6 +112,14 @@ def test_repeated_calls_are_bit_identical(heads: int, head_dim: int, state: int,
         assert all(torch.equal(mine, its) for mine, its in zip(first, other, strict=True))
     for result, plain, oracle in zip(first, case.plain(), case.oracle(), strict=True):
         assert_golden(result, plain, oracle)
+
+
+@pytest.mark.parametrize("heads, head_dim, groups", [(3, 64, 1), (2, 128, 1), (6, 64, 2)])
+@pytest.mark.parametrize("segments", [1, 2, 7])
+def test_a_state_of_256(segments: int, heads: int, head_dim: int, groups: int) -> None:
+    gated = head_dim == 64
+    case = ssd_case(2, 999, heads, head_dim, groups, 256, dtype=torch.bfloat16, device="cuda", initial=True, gate=gated)
+    check(aligned(case), segments)
 
 
 def test_more_blocks_than_the_gpu_holds_at_once() -> None:
@@ -138,8 +146,9 @@ def test_relaxed_precision_costs_a_few_roundings(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("segments", [1, 5])
-def test_handing_states_over_in_half_precision(segments: int) -> None:
-    case = ssd_case(1, 999, 2, 64, 1, 128, dtype=torch.bfloat16, device="cuda")
+@pytest.mark.parametrize("state", [128, 256])
+def test_handing_states_over_in_half_precision(segments: int, state: int) -> None:
+    case = ssd_case(1, 999, 2, 64, 1, state, dtype=torch.bfloat16, device="cuda")
     case.A = case.A / 100  # so that what is handed over matters
     oracle, _ = case.oracle()
     exact, half = (run(case, segments, state_dtype=dtype)[0] for dtype in (torch.float32, torch.bfloat16))
