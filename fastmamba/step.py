@@ -45,7 +45,8 @@ def is_linear(module: Any) -> bool:
     """Whether a module is a linear layer and nothing else, whose weight may be read instead."""
     if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
         return False
-    if {"_hf_hook", "forward"} & module.__dict__.keys():
+    attributes = module.__dict__
+    if "_hf_hook" in attributes or "forward" in attributes:
         return False
     return is_plain(module.weight) and module.weight.stride(1) == 1
 

@@ -104,5 +104,7 @@ def test_which_weights_may_be_read() -> None:
     """Not one that is a tensor of its own kind, as quantised ones are and those that are spread over GPUs."""
     linear = nn.Linear(8, 4)
     assert is_linear(linear)
+    torch._dynamo.reset()
+    assert torch.compile(lambda x: x + is_linear(linear), backend="eager", fullgraph=True)(torch.zeros(())) == 1
     linear.weight = nn.Parameter(linear.weight.data.as_subclass(type("Kind", (Tensor,), {})))
     assert not is_linear(linear)

@@ -89,7 +89,14 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
 _MOST_FORMS = 4096
 
 
-def seen_form(forms: set[Any], tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
+class Forms:
+    """Forms of calls that passed an op's checks. Not a plain set: torch.compile would guard on what is in it."""
+
+    def __init__(self) -> None:
+        self.passed: set[Any] = set()
+
+
+def seen_form(forms: Forms, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
     """The fast way past an op's checks: has a call of this form passed them before?
 
     All that the checks look at are shapes, dtypes, devices and options, so a call that agrees in these with one that
@@ -107,14 +114,14 @@ def seen_form(forms: set[Any], tensors: tuple[Any, ...], options: tuple[Any, ...
         return None  # sizes may be symbols, and a trace checks once anyway
     try:
         form = (*[None if t is None else (t.shape, t.dtype, t.device) for t in tensors], *options)
-        return form in forms or form
+        return form in forms.passed or form
     except (AttributeError, TypeError):  # no tensor, or nothing that can be hashed: the checks say what is wrong
         return None
 
 
-def remember_form(forms: set[Any], form: Any) -> None:
+def remember_form(forms: Forms, form: Any) -> None:
     """Remember what `seen_form` returned, after the checks have passed."""
     if form is not None:
-        if len(forms) >= _MOST_FORMS:
-            forms.clear()
-        forms.add(form)
+        if len(forms.passed) >= _MOST_FORMS:
+            forms.passed.clear()
+        forms.passed.add(form)

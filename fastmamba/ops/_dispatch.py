@@ -14,10 +14,8 @@ BACKENDS = ("auto", "triton", "torch")
 _TRITON_DEVICES = ("cuda", "xpu")
 
 
-@functools.cache
-def triton_importable() -> bool:
-    """Whether the triton package is installed (it is not imported here)."""
-    return importlib.util.find_spec("triton") is not None
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+"""Found out here, without importing it: torch.compile refuses to trace how."""
 
 
 def _interpreted() -> bool:
@@ -38,10 +36,10 @@ def resolve_backend(backend: str, device: torch.device) -> str:
         return "torch"
     on_gpu = device.type in _TRITON_DEVICES
     if backend == "auto":
-        return "triton" if on_gpu and triton_importable() else "torch"
+        return "triton" if on_gpu and _TRITON_INSTALLED else "torch"
     if backend != "triton":
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if not triton_importable():
+    if not _TRITON_INSTALLED:
         raise RuntimeError("backend='triton' needs the triton package, which is not installed")
     if not on_gpu and not _interpreted():
         raise RuntimeError(

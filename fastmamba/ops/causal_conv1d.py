@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmamba.ops._checks import (
+    Forms,
     check_activation,
     check_input,
     check_kernel_dtype,
@@ -121,7 +122,7 @@ def causal_conv1d_update(
 
 
 # Forms of calls that passed the checks; the two ops differ in the dimensions of x.
-_forms: set[Any] = set()
+_forms = Forms()
 _repeats = Repeats()
 
 

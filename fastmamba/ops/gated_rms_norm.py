@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmamba.ops._checks import (
+    Forms,
     check_input,
     check_kernel_dtype,
     check_tensor,
@@ -76,8 +77,7 @@ def gated_rms_norm(
     return _repeats.run(tensors, kind, run, *arguments)
 
 
-_forms: set[Any] = set()
-"""Forms of calls that passed the checks."""
+_forms = Forms()
 _repeats = Repeats()
 
 

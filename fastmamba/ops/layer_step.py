@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmamba.ops._checks import (
+    Forms,
     check_activation,
     check_groups,
     check_input,
@@ -116,8 +117,7 @@ def layer_step(
     )
 
 
-_forms: set[Any] = set()
-"""Forms of calls that passed the checks."""
+_forms = Forms()
 
 
 def _check(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastmamba.configs import forced
 from fastmamba.ops._checks import (
+    Forms,
     check_activation,
     check_dt_limit,
     check_groups,
@@ -132,8 +133,7 @@ def mixer_prefill(
     return (y, final_states) if return_final_states else y
 
 
-_forms: set[Any] = set()
-"""Forms of calls that passed the checks."""
+_forms = Forms()
 _repeats = Repeats(forced)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmamba.ops._checks import (
+    Forms,
     check_input,
     check_kernel_dtype,
     check_tensor,
@@ -96,8 +97,7 @@ def mlp_step(
 
 
 _WEIGHTS = ("in_weight", "out_weight", "router_weight", "expert_in_weight", "expert_out_weight")
-_forms: set[Any] = set()
-"""Forms of calls that passed the checks."""
+_forms = Forms()
 
 
 def _check(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmamba.ops._checks import (
+    Forms,
     check_input,
     check_kernel_dtype,
     check_tensor,
@@ -78,8 +79,7 @@ def moe(
     return _repeats.run(tensors, kind, _run, *arguments)
 
 
-_forms: set[Any] = set()
-"""Forms of calls that passed the checks."""
+_forms = Forms()
 _repeats = Repeats()
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmamba.ops._checks import (
+    Forms,
     check_dtype,
     check_input,
     check_kernel_dtype,
@@ -121,8 +122,7 @@ def add_rms_norm(
     return _sums.run(tensors, kind, _run_add, *arguments, backend)
 
 
-_forms: set[Any] = set()
-"""Forms of calls that passed the checks."""
+_forms = Forms()
 _norms, _sums = Repeats(), Repeats()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmamba.ops._checks import check_input, check_kernel_dtype, needs_grad, remember_form, seen_form
+from fastmamba.ops._checks import Forms, check_input, check_kernel_dtype, needs_grad, remember_form, seen_form
 from fastmamba.ops._dispatch import resolve_backend
 from fastmamba.ops._library import register
 from fastmamba.ops._repeats import Repeats
@@ -49,8 +49,7 @@ def silu_and_mul(x: Tensor, *, backend: str = "auto") -> Tensor:
     return _repeats.run((x,), kind, _run, x, backend)
 
 
-_forms: set[Any] = set()
-"""Forms of calls that passed the checks."""
+_forms = Forms()
 _repeats = Repeats()
 
 

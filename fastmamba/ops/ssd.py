@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastmamba.configs import forced
 from fastmamba.ops._checks import (
+    Forms,
     check_dt_limit,
     check_groups,
     check_input,
@@ -128,8 +129,7 @@ def ssd(
     return (y, final_states) if return_final_states else y
 
 
-_forms: set[Any] = set()
-"""Forms of calls that passed the checks."""
+_forms = Forms()
 _repeats = Repeats(forced)
 
 
