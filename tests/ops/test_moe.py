@@ -64,7 +64,8 @@ def check(case: dict[str, Any], backend: str) -> Tensor:
     assert actual.dtype == case["x"].dtype and actual.shape == case["x"].shape and actual.is_contiguous()
     # Triton's interpreter cuts off instead of rounding bfloat16, which errs twice as much.
     cut = backend == "triton" and actual.is_cpu and actual.dtype == torch.bfloat16
-    assert_golden(actual, plain(case), plain(case, torch.float64), 3.0 if cut else 1.1 if actual.is_cuda else 2.0)
+    half = actual.is_cuda and actual.dtype != torch.float32  # rounded less often than in plain PyTorch
+    assert_golden(actual, plain(case), plain(case, torch.float64), 3.0 if cut else 1.1 if half else 2.0)
     return actual
 
 
