@@ -5,6 +5,7 @@ The roles and their meetings are those of `fastmamba.kernels._ssd_hopper_roles`,
     walkers    4 + 4    walker k holds columns 128 k to 128 k + 127 of the state; y^T = S C^T is the sum of the two.
                         Walker 1 adds x^T G^T to its part and hands that over in shared memory, in float32; walker 0
                         adds its own part and D x, gates, and sends y on its way
+    decays     1 + 1    take turns at groups of four chunks
 
     full, empty        x, B and C of a chunk are there; the products that read them are through
     gated, ungated     z of a chunk, which is needed later, is there; walker 0 has read it
@@ -38,9 +39,9 @@ from fastmamba.kernels._ssd_hopper_roles import (
     ROWS,
     Q,
     _advance,
+    _hand_over,
     _load,
     _numbers,
-    _spin,
     _store,
     decays_role,
     prefetch,
@@ -165,7 +166,7 @@ def _store_role(y_desc, ys, ready, unready, b, first, v, chunks):
 @gluon.jit
 def _walk_role(
     k: gl.constexpr,  # which half
-    D_ptr, D_at, init_ptr, final_ptr, handed_ptr, flag_ptr, xs, Bs, Cs, zs, nums, Gs, parts, ys, full,
+    D_ptr, D_at, init_ptr, final_ptr, handed_ptr, passed_ptr, flag_ptr, xs, Bs, Cs, zs, nums, Gs, parts, ys, full,
     empty, gated, ungated, known, unknown, scored, unscored, given, taken, ready, unready, walking, state_row,
     handed_row, stride_D_p, seg, segments, summed, chunks,
     GATED: gl.constexpr, STORE_FINAL: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
@@ -205,22 +206,8 @@ def _walk_role(
             mbarrier.arrive(unknown.index(group), count=2 if k == 0 else 1)
             group, turn = _advance(group, turn, 2)
         mbarrier.arrive(walking, count=1)
-        entering = gl.zeros((Q, HALF), gl.float32, wide)
-        row = handed_ptr + handed_row
-        own = p[:, None] * HALF + n[None, :]
-        if seg > 0:
-            _spin(flag_ptr - 1)
-            sync_threads()
-            gl.store(flag_ptr - 1, 0)  # the flags are left as they were found
-            # written by another multiprocessor a moment ago: not from the L1 cache
-            entering = gl.load(row - Q * HALF + own, cache_modifier=".cg").to(gl.float32)
-        elif init_ptr is not None:
-            entering = gl.load(init_ptr + state_row + at).to(gl.float32)
-        if seg + 1 < segments:
-            gl.store(row + own, (state + entering * decay[:, None]).to(handed_ptr.dtype.element_ty))
-            sync_threads()  # every thread's part is written before the flag rises
-            gl.atomic_xchg(flag_ptr, 1, sem="release")
-        state = entering
+        state = _hand_over(state, decay, at, init_ptr, handed_ptr, handed_row, passed_ptr, flag_ptr, state_row, seg,
+                           segments, HALF)  # fmt: skip
     elif init_ptr is not None:
         state = gl.load(init_ptr + state_row + at).to(gl.float32)
 
@@ -393,6 +380,9 @@ def wide_kernel(
     walk = (b * slices + v) * 2 * segments + seg
     handed_row = walk.to(gl.int64) * (Q * HALF)
     other_row = handed_row + segments * (Q * HALF)
+    # behind what is handed over: the decay over each segment, float32
+    handed = gl.num_programs(0) * 2
+    passed = (handed_ptr + handed.to(gl.int64) * (Q * HALF)).to(gl.pointer_type(gl.float32), bitcast=True) + walk
     flag = sync_ptr + 1 + walk
     D_at = head * stride_D_h + v % SLICES * Q * stride_D_p
 
@@ -401,11 +391,11 @@ def wide_kernel(
         [
             (_scores_role, (Bs, Cs, nums, Gs, full, empty, known, unknown, scored, unscored, walking, summed, chunks,
                             RELAXED, SPLIT, STAGES)),
-            (_walk_role, (gl.constexpr(0), D_ptr, D_at, init_ptr, final_ptr, handed_ptr, flag, xs, Bs, Cs, zs,
+            (_walk_role, (gl.constexpr(0), D_ptr, D_at, init_ptr, final_ptr, handed_ptr, passed, flag, xs, Bs, Cs, zs,
                           nums, Gs, parts, ys, full, empty, gated, ungated, known, unknown, scored, unscored, given,
                           taken, ready, unready, walking, state_row, handed_row, stride_D_p, seg, segments, summed,
                           chunks, GATED, STORE_FINAL, SPLIT, STAGES, PARTS, Y_SCALE)),
-            (_walk_role, (gl.constexpr(1), D_ptr, D_at, init_ptr, final_ptr, handed_ptr,
+            (_walk_role, (gl.constexpr(1), D_ptr, D_at, init_ptr, final_ptr, handed_ptr, passed + segments,
                           flag + segments, xs, Bs, Cs, zs, nums, Gs, parts, ys, full, empty, gated, ungated, known,
                           unknown, scored, unscored, given, taken, ready, unready, walking, state_row, other_row,
                           stride_D_p, seg, segments, summed, chunks, GATED, STORE_FINAL, SPLIT, STAGES, PARTS,
@@ -413,11 +403,14 @@ def wide_kernel(
             (_load_role, (x_desc, B_desc, C_desc, z_desc, xs, Bs, Cs, zs, full, empty, gated, ungated, b, first, v, g,
                           summed, chunks, GATED, STAGES)),
             (decays_role, (gl.constexpr(0), dt_at, A_ptr, bias_ptr, head, nums, known, unknown, stride_dt_t, dt_min,
-                           dt_max, tokens, summed, chunks, SOFTPLUS, CLAMP, gl.constexpr(1), SPLIT, LOG_A,
+                           dt_max, tokens, summed, chunks, SOFTPLUS, CLAMP, gl.constexpr(2), SPLIT, LOG_A,
+                           gl.constexpr(1))),
+            (decays_role, (gl.constexpr(1), dt_at, A_ptr, bias_ptr, head, nums, known, unknown, stride_dt_t, dt_min,
+                           dt_max, tokens, summed, chunks, SOFTPLUS, CLAMP, gl.constexpr(2), SPLIT, LOG_A,
                            gl.constexpr(1))),
             (_store_role, (y_desc, ys, ready, unready, b, first, v, chunks)),
         ],
-        [4, 4, 1, 1, 1],
-        [192, 192, 56, 56, 56],
+        [4, 4, 1, 1, 1, 1],
+        [192, 192, 56, 56, 56, 56],
     )
     # fmt: on
