@@ -50,6 +50,6 @@ def device(backend: str) -> torch.device:
 def few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the interpreter, which takes 50 ms a block, few blocks of many rows for the products of a one-token step."""
     if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
-        monkeypatch.setattr("fastmamba.kernels.layer_step._shape", lambda rows, width: (32, 512, 4))
+        monkeypatch.setattr("fastmamba.kernels.layer_step._shape", lambda width, itemsize: (32, 512, 4))
         monkeypatch.setattr("fastmamba.kernels.mlp_step._ROWS", (32, 32, 32))
         monkeypatch.setattr("fastmamba.kernels.mlp_step._ROWS_WITH_EXPERTS", (32, 32, 32))

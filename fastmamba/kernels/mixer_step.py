@@ -24,26 +24,24 @@ _SHIFTED = 256
 
 
 @triton.jit
-def _window(x, conv_ptr, c, has, stride_c_c, stride_c_w, S: tl.constexpr, BS: tl.constexpr):
-    """The conv state of channels c after x: every slot holds what the next one held, the last one x. [C, S]"""
+def _slots(conv_ptr, c, has, stride_c_c, stride_c_w, S: tl.constexpr, BS: tl.constexpr):
+    """The conv state of channels c, every slot holding what the next one held; the last one is for x. [C, S]"""
     s = tl.arange(0, BS)
     at = conv_ptr + c[:, None] * stride_c_c + (s[None, :] + 1) * stride_c_w
-    window = tl.load(at, mask=has[:, None] & (s < S - 1)[None, :], other=0.0)
-    return tl.where((s == S - 1)[None, :], x[:, None].to(window.dtype), window)
+    return tl.load(at, mask=has[:, None] & (s < S - 1)[None, :], other=0.0)
 
 
 @triton.jit
-def _shift(window, conv_ptr, c, has, stride_c_c, stride_c_w, S: tl.constexpr, BS: tl.constexpr):
-    """Store a window. A barrier has to stand between its loads and this: threads may share channels."""
+def _shift(x, slots, conv_ptr, c, has, stride_c_c, stride_c_w, S: tl.constexpr, BS: tl.constexpr):
+    """Store slots, x in the last one. A barrier has to stand between their loads and this: threads share channels."""
     s = tl.arange(0, BS)
     at = conv_ptr + c[:, None] * stride_c_c + s[None, :] * stride_c_w
+    window = tl.where((s == S - 1)[None, :], x[:, None].to(slots.dtype), slots)
     tl.store(at, window, mask=has[:, None] & (s < S)[None, :])
 
 
 @triton.jit
-def _convolve(
-    x,
-    window,
+def _taps(
     conv_ptr,
     weight_ptr,
     bias_ptr,
@@ -53,20 +51,25 @@ def _convolve(
     S: tl.constexpr,
     BS: tl.constexpr,
     W: tl.constexpr,
-    SILU: tl.constexpr,
 ):
-    """The convolution's output at x for channels c, in float32."""
-    s = tl.arange(0, BS)
-    k = s - (S - W)
-    inputs = tl.where((s == S - 1)[None, :], x[:, None].to(tl.float32), window.to(tl.float32))
+    """The convolution's weights for channels c, beside their slots, and what is added, in float32. [C, S], [C]"""
+    k = tl.arange(0, BS) - (S - W)
     seen = has[:, None] & ((k >= 0) & (k < W))[None, :]
     taps = tl.load(weight_ptr + c[:, None] * W + k[None, :], mask=seen, other=0.0).to(tl.float32)
-    y = tl.sum(inputs * taps, axis=1)
-    if S < W:  # S == W - 1: the oldest input is not in the window any more
+    rest = tl.zeros(c.shape, tl.float32)
+    if S < W:  # S == W - 1: the oldest input is not in the slots any more
         oldest = tl.load(conv_ptr + c * stride_c_c, mask=has, other=0.0).to(tl.float32)
-        y += oldest * tl.load(weight_ptr + c * W, mask=has, other=0.0).to(tl.float32)
+        rest += oldest * tl.load(weight_ptr + c * W, mask=has, other=0.0).to(tl.float32)
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + c, mask=has, other=0.0).to(tl.float32)
+        rest += tl.load(bias_ptr + c, mask=has, other=0.0).to(tl.float32)
+    return taps, rest
+
+
+@triton.jit
+def _convolve(x, slots, taps, rest, S: tl.constexpr, BS: tl.constexpr, SILU: tl.constexpr):
+    """The convolution's output at x, in float32. [C]"""
+    last = (tl.arange(0, BS) == S - 1)[None, :]
+    y = tl.sum(tl.where(last, x[:, None].to(tl.float32), slots.to(tl.float32)) * taps, axis=1) + rest
     if SILU:
         y = y * tl.sigmoid(y)
     return y
@@ -137,12 +140,15 @@ def _step_kernel(
     u_x = tl.load(u_ptr + INNER + x_at, mask=has_p, other=0.0)
     u_B = tl.load(u_ptr + INNER + b_at, mask=has_n, other=0.0)
     u_C = tl.load(u_ptr + INNER + c_at, mask=has_n, other=0.0)
-    x_window = _window(u_x, conv_ptr, x_at, has_p, stride_c_c, stride_c_w, S, BS)
-    B_window = _window(u_B, conv_ptr, b_at, has_n, stride_c_c, stride_c_w, S, BS)
-    C_window = _window(u_C, conv_ptr, c_at, has_n, stride_c_c, stride_c_w, S, BS)
-    x = _convolve(u_x, x_window, conv_ptr, weight_ptr, conv_bias_ptr, x_at, has_p, stride_c_c, S, BS, W, SILU)
-    Bv = _convolve(u_B, B_window, conv_ptr, weight_ptr, conv_bias_ptr, b_at, has_n, stride_c_c, S, BS, W, SILU)
-    Cv = _convolve(u_C, C_window, conv_ptr, weight_ptr, conv_bias_ptr, c_at, has_n, stride_c_c, S, BS, W, SILU)
+    x_slots = _slots(conv_ptr, x_at, has_p, stride_c_c, stride_c_w, S, BS)
+    B_slots = _slots(conv_ptr, b_at, has_n, stride_c_c, stride_c_w, S, BS)
+    C_slots = _slots(conv_ptr, c_at, has_n, stride_c_c, stride_c_w, S, BS)
+    x_taps, x_rest = _taps(conv_ptr, weight_ptr, conv_bias_ptr, x_at, has_p, stride_c_c, S, BS, W)
+    B_taps, B_rest = _taps(conv_ptr, weight_ptr, conv_bias_ptr, b_at, has_n, stride_c_c, S, BS, W)
+    C_taps, C_rest = _taps(conv_ptr, weight_ptr, conv_bias_ptr, c_at, has_n, stride_c_c, S, BS, W)
+    x = _convolve(u_x, x_slots, x_taps, x_rest, S, BS, SILU)
+    Bv = _convolve(u_B, B_slots, B_taps, B_rest, S, BS, SILU)
+    Cv = _convolve(u_C, C_slots, C_taps, C_rest, S, BS, SILU)
     dt = tl.load(u_ptr + 2 * INNER + 2 * GROUPS * N + h).to(tl.float32)
     dt = softplus(dt + tl.load(dt_bias_ptr + h).to(tl.float32))
     A = -tl.exp(tl.load(A_log_ptr + h).to(tl.float32))
@@ -156,7 +162,7 @@ def _step_kernel(
         y *= z * tl.sigmoid(z)
     tl.store(y_ptr + b * INNER + x_at, y.to(y_ptr.dtype.element_ty), mask=has_p)
     tl.debug_barrier()  # every slot is read before any is written
-    _shift(x_window, conv_ptr, x_at, has_p, stride_c_c, stride_c_w, S, BS)
+    _shift(u_x, x_slots, conv_ptr, x_at, has_p, stride_c_c, stride_c_w, S, BS)
 
 
 @triton.jit
@@ -209,9 +215,9 @@ def _norm_kernel(
         c += INNER
         conv_ptr += b * stride_c_b
         x = tl.load(u_ptr + INNER + c, mask=has, other=0.0)
-        window = _window(x, conv_ptr, c, has, stride_c_c, stride_c_w, S, BS)
+        slots = _slots(conv_ptr, c, has, stride_c_c, stride_c_w, S, BS)
         tl.debug_barrier()
-        _shift(window, conv_ptr, c, has, stride_c_c, stride_c_w, S, BS)
+        _shift(x, slots, conv_ptr, c, has, stride_c_c, stride_c_w, S, BS)
 
 
 _launch_step = Launcher(_step_kernel)

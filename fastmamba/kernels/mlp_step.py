@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmamba.kernels._launch import Launcher
-from fastmamba.kernels._row_product import first_weights, wait
+from fastmamba.kernels._row_product import BYTES, load_tile, load_tiles, product, sum_in_thread, tile, tiles_held, wait
 from fastmamba.kernels._silu import silu
 from fastmamba.kernels._sync import zeros_left_as_found
 
@@ -32,27 +32,26 @@ def _rows(weight_ptr, r, ALIGNED: tl.constexpr, K: tl.constexpr, R: tl.constexpr
 
 @triton.jit
 def _gate_up(
-    x_ptr, norm_ptr, at, up, g, u, has, has_up, eps, K: tl.constexpr, R: tl.constexpr, BK: tl.constexpr
+    x_ptr, norm_ptr, at, up, gates, ups, has, has_up, eps, K: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
+    TILES: tl.constexpr,
 ):  # fmt: skip
     """Rows of two weights times a vector, or times its RMSNorm, in float32. ([R], [R])
 
-    `at` and `up` are the rows' addresses, g and u their first BK columns.
+    `at` and `up` are the rows' addresses, `gates` and `ups` their first TILES tiles.
     """
     k = tl.arange(0, BK)[None, :] + tl.zeros((R, 1), tl.int32)
-    gate_sum = tl.zeros((R, BK), tl.float32)
-    up_sum = tl.zeros((R, BK), tl.float32)
-    squares = tl.zeros((R, BK), tl.float32)
-    for start in tl.static_range(0, K, BK):
-        x = tl.load(x_ptr + start + k, mask=start + k < K, other=0.0).to(tl.float32)
+    gate_sum = tl.zeros((R, BK // 8), tl.float32)
+    up_sum = tl.zeros((R, BK // 8), tl.float32)
+    squares = tl.zeros((R, BK // 8), tl.float32)
+    for t in tl.static_range((K + BK - 1) // BK):
+        x = tl.load(x_ptr + t * BK + k, mask=t * BK + k < K, other=0.0).to(tl.float32)
         if norm_ptr is not None:
-            squares += x * x
-            x *= tl.load(norm_ptr + start + k, mask=start + k < K, other=0.0).to(tl.float32)
-        gate_sum += g.to(tl.float32) * x
-        up_sum += u.to(tl.float32) * x
-        if start + BK < K:
-            inside = start + BK + k < K
-            g = tl.load(at + (start + BK), mask=has[:, None] & inside, other=0.0, eviction_policy="evict_first")
-            u = tl.load(up + (start + BK), mask=has_up[:, None] & inside, other=0.0, eviction_policy="evict_first")
+            squares += sum_in_thread(x * x, R, BK)
+            x *= tl.load(norm_ptr + t * BK + k, mask=t * BK + k < K, other=0.0).to(tl.float32)
+        g = tile(at, gates, t, has, K, BK, TILES)
+        u = tile(up, ups, t, has_up, K, BK, TILES)
+        gate_sum += sum_in_thread(g.to(tl.float32) * x, R, BK)
+        up_sum += sum_in_thread(u.to(tl.float32) * x, R, BK)
     gate = tl.sum(gate_sum, axis=1)
     value = tl.sum(up_sum, axis=1)
     if norm_ptr is not None:
@@ -106,6 +105,7 @@ def _up_kernel(
     ALIGNED: tl.constexpr,
     R: tl.constexpr,
     BK: tl.constexpr,
+    TILES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     ROUTING: tl.constexpr = (E + R - 1) // R
@@ -122,11 +122,10 @@ def _up_kernel(
         weight_ptr = tl.where(routes, router_ptr.to(tl.int64), weight_ptr.to(tl.int64)).to(weight_ptr.dtype)
     at = _rows(weight_ptr, r, ALIGNED, K, R, BK)
     up = at + INNER * K
-    k = tl.arange(0, BK)[None, :]
-    g = tl.load(at, mask=has[:, None] & (k < K), other=0.0, eviction_policy="evict_first")
-    u = tl.load(up, mask=has_up[:, None] & (k < K), other=0.0, eviction_policy="evict_first")
+    gates = load_tiles(at, has, K, BK, TILES)
+    ups = load_tiles(up, has_up, K, BK, TILES)
     wait(OVERLAP)
-    g, u = _gate_up(x_ptr + b * stride_x_b, norm_ptr, at, up, g, u, has, has_up, eps, K, R, BK)
+    g, u = _gate_up(x_ptr + b * stride_x_b, norm_ptr, at, up, gates, ups, has, has_up, eps, K, R, BK, TILES)
     tl.store(h_ptr + b * stride_h_b + r, silu(g) * u, mask=has_up)
     if E > 0:
         if routes:
@@ -157,6 +156,7 @@ def _experts_kernel(
     ALIGNED: tl.constexpr,
     R: tl.constexpr,
     BK: tl.constexpr,
+    TILES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     BLOCKS: tl.constexpr = (EXPERT + R - 1) // R
@@ -169,10 +169,9 @@ def _experts_kernel(
     share = tl.load(routed_ptr + E + TOP + slot, cache_modifier=".cg")
     at = _rows(weight_ptr + _expert(routed_ptr, slot, E) * (2 * EXPERT * K), r, ALIGNED, K, R, BK)
     up = at + EXPERT * K
-    inside = has[:, None] & (tl.arange(0, BK) < K)[None, :]
-    g = tl.load(at, mask=inside, other=0.0, eviction_policy="evict_first")
-    u = tl.load(up, mask=inside, other=0.0, eviction_policy="evict_first")
-    g, u = _gate_up(x_ptr + b * stride_x_b, norm_ptr, at, up, g, u, has, has, eps, K, R, BK)
+    gates = load_tiles(at, has, K, BK, TILES)
+    ups = load_tiles(up, has, K, BK, TILES)
+    g, u = _gate_up(x_ptr + b * stride_x_b, norm_ptr, at, up, gates, ups, has, has, eps, K, R, BK, TILES)
     tl.store(h_ptr + b * stride_h_b + INNER + slot * EXPERT + r, share * (silu(g) * u), mask=has)
 
 
@@ -196,42 +195,38 @@ def _down_kernel(
     R: tl.constexpr,
     BI: tl.constexpr,
     BX: tl.constexpr,
+    TILES: tl.constexpr,
+    HELD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     b = tl.program_id(1).to(tl.int64)
     r = tl.program_id(0) * R + tl.arange(0, R)
     has = r < K
-    at, w = first_weights(weight_ptr, r, has, INNER, INNER, BI)
+    at = weight_ptr + r.to(tl.int64)[:, None] * INNER + tl.arange(0, BI)[None, :]
+    tiles = load_tiles(at, has, INNER, BI, TILES)
     if E > 0:
         routed_ptr += b * (E + 2 * TOP)
-        x = tl.arange(0, BX)[None, :] + tl.zeros((R, 1), tl.int32)
-        from_expert = _rows(experts_ptr + _expert(routed_ptr, 0, E) * (K * EXPERT), r, ALIGNED, EXPERT, R, BX)
-        v = tl.load(from_expert, mask=has[:, None] & (x < EXPERT), other=0.0, eviction_policy="evict_first")
+        STEPS: tl.constexpr = (EXPERT + BX - 1) // BX
+        held = ()
+        for slot in tl.static_range(HELD):
+            here = _rows(experts_ptr + _expert(routed_ptr, slot, E) * (K * EXPERT), r, ALIGNED, EXPERT, R, BX)
+            held = held + load_tiles(here, has, EXPERT, BX, STEPS)
     wait(OVERLAP)
     h_ptr += b * stride_h_b
-    k = tl.arange(0, BI)[None, :] + tl.zeros((R, 1), tl.int32)
-    acc = tl.zeros((R, BI), tl.float32)
-    for start in tl.static_range(0, INNER, BI):
-        h = tl.load(h_ptr + start + k, mask=start + k < INNER, other=0.0)
-        acc += w.to(tl.float32) * h
-        if start + BI < INNER:
-            inside = has[:, None] & (start + BI + k < INNER)
-            w = tl.load(at + (start + BI), mask=inside, other=0.0, eviction_policy="evict_first")
-    y = tl.sum(acc, axis=1)
+    y = product(h_ptr, at, tiles, has, INNER, R, BI, TILES)
     if E > 0:
         h_ptr += INNER
-        mixed = tl.zeros((R, BX), tl.float32)
+        x = tl.arange(0, BX)[None, :] + tl.zeros((R, 1), tl.int32)
+        mixed = tl.zeros((R, BX // 8), tl.float32)
         for slot in tl.static_range(TOP):
-            if slot > 0:
-                from_expert = _rows(
-                    experts_ptr + _expert(routed_ptr, slot, E) * (K * EXPERT), r, ALIGNED, EXPERT, R, BX
-                )
-            for start in tl.static_range(0, EXPERT, BX):
-                if slot > 0 or start > 0:
-                    inside = has[:, None] & (start + x < EXPERT)
-                    v = tl.load(from_expert + start, mask=inside, other=0.0, eviction_policy="evict_first")
-                h = tl.load(h_ptr + slot * EXPERT + start + x, mask=start + x < EXPERT, other=0.0)
-                mixed += v.to(tl.float32) * h
+            here = _rows(experts_ptr + _expert(routed_ptr, slot, E) * (K * EXPERT), r, ALIGNED, EXPERT, R, BX)
+            for t in tl.static_range(STEPS):
+                if slot < HELD:
+                    v = held[slot * STEPS + t]
+                else:
+                    v = load_tile(here, t, has, EXPERT, BX)
+                h = tl.load(h_ptr + slot * EXPERT + t * BX + x, mask=t * BX + x < EXPERT, other=0.0)
+                mixed += sum_in_thread(v.to(tl.float32) * h, R, BX)
         y += tl.sum(mixed, axis=1)
     if residual_ptr is not None:
         y = y * scale + tl.load(residual_ptr + b * stride_r_b + r, mask=has, other=0.0).to(tl.float32)
@@ -242,7 +237,7 @@ _launch_up = Launcher(_up_kernel)
 _launch_experts = Launcher(_experts_kernel)
 _launch_down = Launcher(_down_kernel)
 
-_ROWS = 8, 8, 8
+_ROWS = 4, 8, 8
 """Rows of a weight that a block of each kernel takes."""
 _ROWS_WITH_EXPERTS = 2, 4, 4
 _WARPS = 4
@@ -283,11 +278,13 @@ def mlp_step(
     padded = triton.next_power_of_2(max(experts, 1))
     norm = None if norm_weight is None else norm_weight.contiguous()
     up_rows, expert_rows, down_rows = _ROWS_WITH_EXPERTS if experts else _ROWS
+    itemsize, columns = in_weight.element_size(), _columns(size)
     _launch_up(
         (triton.cdiv(inner, up_rows) + triton.cdiv(experts, up_rows), batch, 1),
         (x, in_weight, norm, router_weight, h, routed, counter),
         (norm_eps, x.stride(0), width),
-        (size, inner, experts, padded, top_k, aligned, up_rows, _columns(size), overlap),
+        (size, inner, experts, padded, top_k, aligned, up_rows, columns)
+        + (tiles_held(2 * up_rows, columns, size, itemsize), overlap),
         num_warps=_WARPS,
         **options,
     )
@@ -296,17 +293,20 @@ def mlp_step(
             (triton.cdiv(expert, expert_rows) * top_k, batch, 1),
             (x, expert_in_weight, norm, routed, h),
             (norm_eps, x.stride(0), width),
-            (size, inner, expert, experts, top_k, aligned, expert_rows, _columns(size), overlap),
+            (size, inner, expert, experts, top_k, aligned, expert_rows, columns)
+            + (tiles_held(2 * expert_rows, columns, size, itemsize), overlap),
             num_warps=_WARPS,
             **options,
         )
+    held = min(top_k, BYTES // (down_rows * expert * itemsize))
     _launch_down(
         (triton.cdiv(size, down_rows), batch, 1),
         (h, out_weight, expert_out_weight, routed, residual, out),
         (1.0 if residual_scale is None else float(residual_scale), width, 0 if residual is None else x.stride(0)),
         (
             *(size, inner, expert, experts, top_k, aligned),
-            *(down_rows, _columns(inner), _columns(expert), overlap),
+            *(down_rows, _columns(inner), _columns(expert)),
+            *(tiles_held(down_rows, _columns(inner), inner, itemsize), held, overlap),
         ),
         num_warps=_WARPS,
         **options,
@@ -318,4 +318,4 @@ def _columns(length: int) -> int:
     """Columns of a weight that a block takes at a time: few past the last one, and not so many steps."""
     if length > 4096:
         return 1024
-    return min(triton.next_power_of_2(length), 512 if length % 512 == 0 or length > 2048 else 256)
+    return min(max(triton.next_power_of_2(length), 8), 512 if length % 512 == 0 or length > 2048 else 256)
