@@ -30,10 +30,13 @@ def is_plain(tensor: Any) -> bool:
     return type(tensor) is nn.Parameter or type(tensor) is Tensor
 
 
-def is_watched(module: Any) -> bool:
-    """Whether somebody has to hear of a call of the module: a hook, of its own or of all modules, or accelerate."""
+def is_watched(module: Any, hooks: Any = None) -> bool:
+    """Whether somebody has to hear of a call of the module: a hook, of its own or of all modules, or accelerate.
+
+    `hooks`: those of its forward hooks that count, where that is not all.
+    """
     return bool(
-        module._forward_hooks
+        (module._forward_hooks if hooks is None else hooks)
         or module._forward_pre_hooks
         or _module._global_forward_hooks
         or _module._global_forward_pre_hooks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from weakref import ref
@@ -56,8 +56,18 @@ def _parts(model: nn.Module) -> Iterator[_Part]:
             reason = "" if binding is not None else why_alone(module, cls, module.__dict__.get(slot))
             if kind == "mlp" and not is_silu(getattr(module, "activation", None)):
                 reason = "its activation is not silu"
+            elif kind == "moe" and not reason:
+                reason = _replaced(module.children())
             yield _Part(module, kind, slot, binding, reason)
             break
+
+
+def _replaced(modules: Iterable[nn.Module]) -> str:
+    """Which class of transformers' has had its forward replaced, of modules that `moe` would stand for; or ''."""
+    for cls in map(type, modules):
+        if cls.__module__ == _GRANITE and not (cls.forward.__module__ or "").startswith("transformers."):
+            return f"the forward of class {cls.__name__} was replaced"
+    return ""
 
 
 def is_silu(module: object) -> bool:
@@ -84,7 +94,7 @@ def _function(kind: str, binding: Binding) -> Any:
 
 
 def bind_blocks(model: nn.Module, backend: str) -> None:
-    """Give the layers of a model, their norms and multilayer perceptrons the forwards of scope="block"."""
+    """Give the layers of a model, their norms, multilayer perceptrons and experts the forwards of scope="block"."""
     from fastmamba.hf.block_forward import following
 
     for part in list(_parts(model)):
@@ -149,9 +159,11 @@ def block_report(model: nn.Module) -> BlockReport | None:
     parts = [part for part in found if part.kind in _FIRST_NORM]
     if not parts:
         return None
-    calls, expert_calls = _calls(parts), _calls([part for part in found if part.kind == "moe"])
-    reasons = sorted({part.reason for part in parts if part.reason})
-    return BlockReport(len(parts), sum(part.binding is not None for part in parts), tuple(reasons), calls, expert_calls)
+    mixtures = [part for part in found if part.kind == "moe"]
+    reasons = {part.reason for part in parts if part.reason}
+    reasons |= {f"transformers' experts: {part.reason}" for part in mixtures if part.reason}
+    fast = sum(part.binding is not None for part in parts)
+    return BlockReport(len(parts), fast, tuple(sorted(reasons)), _calls(parts), _calls(mixtures))
 
 
 def _calls(parts: list[_Part]) -> dict[str, int]:

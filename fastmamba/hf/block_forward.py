@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastmamba.hf.block_step import can_feed, feed_forward, step
 from fastmamba.hf.experts import mix, serves, why_not
 from fastmamba.hf.handoff import leave, take
-from fastmamba.hf.report import count_original
+from fastmamba.hf.report import GRADIENTS, count_original
 from fastmamba.modules import call, call_linear, child, is_watched, parameter
 from fastmamba.ops import add_rms_norm, rms_norm, silu_and_mul
 
@@ -30,7 +30,6 @@ Beside the modules and not on them: a deepcopy or pickle carries no guess, and t
 TENSOR = "hidden_states is not an ordinary tensor of shape (B, T, hidden size)"
 DTYPE = "hidden_states of a dtype without a kernel"
 META = "hidden_states on the meta device"
-GRADIENTS = "gradients are needed"
 TRAINING = "training mode"
 PACKED = "packed sequences (seq_idx, cu_seqlens)"
 ELSEWHERE = "weight on another device, or of another kind"
@@ -170,13 +169,14 @@ def moe_forward(backend: str) -> Callable[..., Tensor]:
 
 
 _MOE = moe_forward("auto").__code__
+"""By which a mixture's forward is known for ours, whatever its backend."""
 
 
 def _mixes(mixture: Any, x: Any, backend: str) -> bool:
     """Whether a mixture of experts is computed by kernels of ours; where it might be and is not, that is counted."""
     if mixture.training or type(x) is not Tensor or x.ndim != 3 or 0 in x.shape or x.is_meta:
         return False
-    if not serves(backend, x) or torch.is_grad_enabled() and x.requires_grad:
+    if torch.is_grad_enabled() and x.requires_grad or not serves(backend, x):
         return False
     reason = why_not(mixture, x)
     if reason is not None and not torch.compiler.is_compiling():

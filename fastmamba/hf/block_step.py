@@ -10,11 +10,10 @@ from torch import Tensor
 from fastmamba.hf.binding import binding_in
 from fastmamba.hf.block import is_silu
 from fastmamba.hf.compat import CacheState, cache_layer
-from fastmamba.hf.experts import PLAIN_WAYS
+from fastmamba.hf.experts import why_not
 from fastmamba.hf.forward import plan_of
 from fastmamba.hf.recording import state_for, under_way, zeros
 from fastmamba.mixer import norm_is_plain
-from fastmamba.modules import is_plain
 from fastmamba.ops import mlp_step, resolve_backend
 from fastmamba.step import can_step, is_linear, layer_forward, layer_is_plain
 
@@ -75,25 +74,14 @@ def can_feed(layer: Any, hidden_states: Tensor, backend: str) -> bool:
         return False
     if not all(is_linear(linear) and linear.bias is None for linear in (mlp.input_linear, mlp.output_linear)):
         return False
-    weight = mlp.input_linear.weight
-    weights = [weight, mlp.output_linear.weight]
     if layer.has_experts:
         mixture = layer.block_sparse_moe
-        if not _own(mixture, "GraniteMoeHybridMoE") or not _own(mixture.router, "GraniteMoeHybridTopKRouter"):
+        if not _own(mixture, "GraniteMoeHybridMoE") or why_not(mixture, hidden_states) is not None:
             return False
-        experts = mixture.experts
-        if (
-            not _own(experts, "GraniteMoeHybridExperts")
-            or not _silu(experts.act_fn)
-            or getattr(experts, "_is_expert_parallel", False)
-        ):
-            return False
-        if experts.config._experts_implementation not in PLAIN_WAYS:
-            return False
-        weights += [mixture.router.weight, experts.gate_up_proj, experts.down_proj]
+    weight = mlp.input_linear.weight
     form = weight.dtype, hidden_states.device
     return (
-        all(is_plain(w) and (w.dtype, w.device) == form and w.is_contiguous() for w in weights)
+        all((w.dtype, w.device) == form and w.is_contiguous() for w in (weight, mlp.output_linear.weight))
         and weight.is_floating_point()
         and not torch.is_autocast_enabled(form[1].type)
     )
@@ -134,12 +122,11 @@ def feed_forward(layer: Any, norm: Any, hidden_states: Tensor, factor: float, ba
 
 
 def _own(module: Any, name: str) -> bool:
-    """Whether a module is transformers' own of that name, with its own forward or ours, and nobody watches it."""
+    """Whether a module is transformers' own of that name, with our forward, and nobody watches it."""
     cls = type(module)
     if (cls.__module__, cls.__qualname__) != (_GRANITE, name) or module._forward_hooks or module._forward_pre_hooks:
         return False
-    attributes = module.__dict__
-    return "_hf_hook" not in attributes and ("forward" not in attributes or binding_in(module, "forward") is not None)
+    return "_hf_hook" not in module.__dict__ and binding_in(module, "forward") is not None
 
 
 def _silu(module: Any) -> bool:

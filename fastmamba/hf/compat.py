@@ -24,6 +24,22 @@ def check_version() -> None:
         raise RuntimeError(f"transformers {version} is not supported; fastmamba is tested with transformers{bounds}")
 
 
+def captures(hook: object) -> bool:
+    """Whether a hook is one of those with which transformers collects outputs that a call may ask for."""
+    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
+
+
+def hooks_now(module: Any) -> list[Any]:
+    """A module's forward hooks, without those that collect outputs where the call under way asks for none.
+
+    The first call that does has them installed, on routers too whatever it asks for, and there they stay.
+    """
+    from transformers.utils.output_capturing import _active_collector
+
+    hooks = list(module._forward_hooks.values())
+    return hooks if _active_collector.get() else [hook for hook in hooks if not captures(hook)]
+
+
 class CacheState:
     """One layer's part of a transformers cache, for `mixer_forward`."""
 

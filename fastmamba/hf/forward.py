@@ -13,12 +13,11 @@ from torch import Tensor
 
 from fastmamba.hf.compat import CacheState, cache_layer
 from fastmamba.hf.recording import state_for
-from fastmamba.hf.report import count_original, warn_once
+from fastmamba.hf.report import GRADIENTS, count_original, warn_once
 from fastmamba.mixer import MixerPlan, dtype_or_float32, mixer_forward, norm_is_plain
 from fastmamba.modules import child, parameter
 from fastmamba.ops import ssd
 
-GRADIENTS = "gradients are needed"
 TRAINING = "training mode"
 TENSOR = "hidden_states is not an ordinary tensor of shape (B, T, hidden size)"
 META = "weights on the meta device"

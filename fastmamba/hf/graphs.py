@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask
 
 from fastmamba.hf import recording
-from fastmamba.hf.compat import cache_layer
+from fastmamba.hf.compat import cache_layer, captures
 from fastmamba.hf.families import Family, match
 from fastmamba.hf.guards import Bound, Config, Structure, states_of
 from fastmamba.hf.pieces import in_pieces
@@ -274,7 +274,7 @@ class Session:
             if "_hf_hook" in module.__dict__:
                 return f"accelerate's hooks ({name or type(module).__name__})"
             for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-                if getattr(hook, "__module__", "") != "transformers.utils.output_capturing":
+                if not captures(hook):
                     return f"a hook on {name or type(module).__name__}"
             if not type(module).__module__.startswith(("torch.nn.", "transformers.")):
                 return f"{name} is a {type(module).__module__}.{type(module).__name__}"

@@ -9,6 +9,8 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+GRADIENTS = "gradients are needed"
+
 
 class FastMambaWarning(UserWarning):
     """A patched model runs correctly, but not the way its user probably meant."""
@@ -63,14 +65,14 @@ class GraphReport:
 
 @dataclass(frozen=True)
 class BlockReport:
-    """The layers around the mixers: their norms, residual adds and multilayer perceptrons."""
+    """The layers around the mixers: their norms, residual adds, multilayer perceptrons and experts."""
 
     layers: int
     """How many there are."""
     fast: int
     """How many have the forward of scope="block"."""
     reasons: tuple[str, ...] = ()
-    """Why others have not."""
+    """Why others, or experts of theirs, have not."""
     original_calls: dict[str, int] = field(default_factory=dict)
     """Calls that fast layers handed to the original forward, by reason."""
     expert_calls: dict[str, int] = field(default_factory=dict)

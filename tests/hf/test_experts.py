@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import pickle
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import nn
 import fastmamba
 from fastmamba.hf import experts as our_experts
 from tests.hf.models import build, run, tokens
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # Triton's interpreter
 SIZES = {"num_hidden_layers": 2, "layer_types": ["mamba", "attention"], "mamba_n_groups": 1}
@@ -162,6 +165,38 @@ def test_another_way_to_compute_experts(original: nn.Module, mixed: list[Any]) -
         del ALL_EXPERTS_FUNCTIONS["mine"]
     assert len(called) == 5 and mixed == []  # the mixture alone, two layers of each
     assert expert_calls(fast) == {our_experts.WAY: 3}
+
+
+def test_a_class_whose_forward_was_replaced(
+    original: nn.Module, mixed: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is called, and the report says so."""
+    cls = type(mixture(original).experts)
+    own = cls.forward
+    called.clear()
+    monkeypatch.setattr(cls, "forward", lambda self, *args: called.append(self) or own(self, *args))
+    fast = patched(original)
+    assert_same(fast, original)
+    assert len(called) == 2 and mixed == []
+    assert "transformers' experts: the forward of class GraniteMoeHybridExperts was replaced" in str(
+        fastmamba.report(fast)
+    )
+
+
+def test_autocast(original: nn.Module, mixed: list[Any]) -> None:
+    fast = patched(original)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert_same(fast, original)
+    assert mixed == [] and expert_calls(fast) == {our_experts.AUTOCAST: 1}
+
+
+def test_after_outputs_were_collected(original: nn.Module, mixed: list[Any]) -> None:
+    """Hooks that transformers then leaves on routers (5.15 leaves none there) mean nothing to later calls."""
+    with torch.no_grad():
+        original(IDS, output_hidden_states=True)
+    fast = patched(original)
+    assert_same(fast, original)
+    assert len(mixed) == 1 and expert_calls(fast) == {}
 
 
 @pytest.mark.filterwarnings("ignore::fastmamba.FastMambaWarning")

@@ -220,3 +220,6 @@ def test_router_logits_are_collected(fed: list[Any]) -> None:
     if getattr(output, "router_logits", None) is None:
         pytest.skip(f"transformers {transformers.__version__} collects no router logits of this model")
     assert len(output.router_logits) == 2
+    assert fed == []
+    one_step(model, cache)
+    assert len(fed) == 2

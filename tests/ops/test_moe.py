@@ -195,6 +195,7 @@ def test_bad_input_is_named(changes: dict[str, Any], named: str) -> None:
 
 
 def test_strides_of_weights_are_named() -> None:
+    pytest.importorskip("triton")
     case = make()
     with pytest.raises(ValueError, match="out_weight must be contiguous"):
         run(case, out_weight=case["out_weight"].mT.contiguous().mT, backend="triton")
