@@ -130,6 +130,8 @@ CHOICES: dict[str, dict[str, list[Any]]] = {
 def space(start: configs.SsdConfig, shape: tuned.Shape) -> Space:
     """What is tried for a shape, beginning with the heuristic's choice."""
     choices = dict(CHOICES[start.variant])
+    if start.variant == "hopper" and start.block_n > 128:
+        del choices["stages"]  # that kernel has two, whatever a configuration says
     choices["segments"] = sorted({start.segments, *choices["segments"]})
     if "block_p" in choices:
         choices["block_p"] = [width for width in choices["block_p"] if width <= max(start.block_p, shape.head_dim)]

@@ -38,7 +38,7 @@ class SsdConfig:
     warps: int
     """Warps of a block; in the Hopper variant those of one role."""
     stages: int
-    """Chunks that are loaded ahead."""
+    """Chunks that are loaded ahead; in the Hopper variant fewer where a gate takes their room."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def _choose(
             rows=4,
             precision="tf32",
             warps=4,
-            stages=3 if block_slices == 2 else 4,
+            stages=2 if state > 128 else 3 if block_slices == 2 else 4,
         )
     return _portable(device, dtype, batch, tokens, heads, head_dim, state, chunk_size)
 
@@ -228,7 +228,7 @@ class _Blocks:
     look: float = 0.7
     """What a segment pays for each segment that it looks back to."""
     span: int = 8
-    """How many those are at most; one in so many waits for the one before it."""
+    """How many those are at most (the kernels' SPAN); one in so many waits for the one before it."""
     handover: float = 1.75
     """That wait."""
 

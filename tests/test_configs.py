@@ -184,6 +184,54 @@ def test_the_hopper_kernel_fills_the_gpu(
     assert (config.variant, config.segments, config.block_slices) == ("hopper", segments, slices)
 
 
+@pytest.mark.parametrize("state", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 128, 192])
+def test_the_hopper_kernel_at_the_borders(h200, head_dim: int, state: int) -> None:
+    for batch, tokens, heads, groups in (
+        (1, 1, 1, 1),  # less than a chunk
+        (3, 63, 6, 2),
+        (1, 64, 5, 1),
+        (1, 511, 3, 1),
+        (1, 2**20, 1, 1),
+        (1, 2**20, 128, 8),
+        (4096, 1024, 128, 8),  # far more blocks than multiprocessors
+    ):
+        size = (batch, tokens, heads, head_dim, state)
+        config = ssd_config(h200, torch.bfloat16, *size, None, groups=groups)
+        assert (config.variant, config.chunk, config.block_n) == ("hopper", 64, state)
+        assert 1 <= config.segments <= max(1, min(tokens // 64 // 4 + 1, 64))
+        assert config.block_slices in ((1,) if state == 256 else (1, 2))
+        assert config.block_p == 64 * config.block_slices
+        assert config.stages == (2 if state == 256 else 3 if config.block_slices == 2 else 4)
+        if tokens <= 7 * 64 or batch > 132:
+            assert config.segments == 1
+        assert ssd_config(h200, torch.bfloat16, *size, 64, groups=groups) == config  # as large as its own
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "state", "chunk_size", "regular"),
+    [
+        (torch.float32, 64, 128, None, True),
+        (torch.bfloat16, 96, 128, None, True),
+        (torch.bfloat16, 32, 128, None, True),
+        (torch.bfloat16, 64, 32, None, True),
+        (torch.bfloat16, 64, 200, None, True),
+        (torch.bfloat16, 64, 512, None, True),
+        (torch.bfloat16, 64, 256, 63, True),
+        (torch.bfloat16, 64, 256, None, False),
+    ],
+)
+def test_what_the_hopper_kernel_does_not_cover(
+    tables, h200, dtype: torch.dtype, head_dim: int, state: int, chunk_size: int | None, regular: bool
+) -> None:
+    shape = tuned.Shape(str(dtype).removeprefix("torch."), 1, 4096, 80, head_dim, state)
+    write(tables, entry(shape, variant="hopper"))  # found for other shapes of the same widths, too
+    size = (1, 4096, 80, head_dim, state, chunk_size)
+    assert ssd_config(h200, dtype, *size, regular=regular).variant == "portable"
+    with override("hopper"), pytest.raises(ValueError, match="does not cover this call, which portable can serve"):
+        ssd_config(h200, dtype, *size, regular=regular)
+
+
 def test_a_chunk_size_bounds_the_portable_kernels(h200) -> None:
     with override("portable"):
         assert choose(h200, chunk_size=16).chunk == 16

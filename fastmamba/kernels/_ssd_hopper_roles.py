@@ -32,7 +32,7 @@ sync_threads = gl.barrier if _RENAMED.value else gl.thread_barrier
 _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 _store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
-# What the decays warp leaves for each slice of a chunk: rows of 64 float32.
+# What a decays warp leaves for each head of a chunk: rows of 64 float32.
 _CUM = gl.constexpr(0)  # log2 of the decay since the chunk began, at token t
 _ENTRY = gl.constexpr(1)  # the same at token s, less log2 of dt: 2 ** (CUM[t] - ENTRY[s]) is what s contributes at t
 _SINCE = gl.constexpr(2)  # decay since the chunk began
@@ -238,7 +238,7 @@ def decays_role(
 
 @gluon.jit
 def _numbers(nums, k: gl.constexpr, buffer, c, ROW: gl.constexpr):
-    """A row of slice k in chunk c of a pass."""
+    """A row of the block's head k in chunk c of a pass."""
     return nums.index(((k * 2 + buffer) * ROWS + ROW) * GROUP + c % GROUP)
 
 

@@ -144,9 +144,9 @@ def _fetch(xs, full, stage, phase, there, layout: gl.constexpr):
 
 
 @gluon.jit
-def _weigh(k: gl.constexpr, xT, nums, group, c):
+def _weigh(xT, nums, group, c):
     """x^T times its weights in the state after the chunk, in the first pass in that after four chunks."""
-    left = _numbers(nums, k, group, c, _LEFT).load(gl.SliceLayout(0, xT.type.layout))
+    left = _numbers(nums, 0, group, c, _LEFT).load(gl.SliceLayout(0, xT.type.layout))
     return (xT.to(gl.float32) * left[None, :]).to(xT.dtype)
 
 
@@ -195,7 +195,7 @@ def _walk_role(
             decay *= total
             state *= total[:, None]
             for c in range(g * GROUP, gl.minimum(g * GROUP + GROUP, summed)):
-                weighted = _weigh(0, xT, nums, group, c)
+                weighted = _weigh(xT, nums, group, c)
                 sum = warpgroup_mma(weighted, Bs.index(2 * stage + k).reshape([Q, HALF]), state, is_async=True)
                 used = stage
                 stage, phase = _advance(stage, phase, STAGES)
@@ -221,7 +221,7 @@ def _walk_role(
     times = 0
     xT = _fetch(xs, full, stage, phase, True, narrow)
     mbarrier.wait(known.index(group), turn)
-    weighted = _weigh(0, xT, nums, group, 0)
+    weighted = _weigh(xT, nums, group, 0)
     total = _numbers(nums, 0, group, 0, _TOTAL).load(gl.SliceLayout(1, wide))
     for c in range(chunks):
         zeros = gl.zeros((Q, Q), gl.float32, mma)
@@ -273,7 +273,7 @@ def _walk_role(
         part, times = _advance(part, times, PARTS)
         xT = nextT
         # Here, not while the product runs: ptxas would serialise the products.
-        weighted = _weigh(0, xT, nums, group, c + 1)
+        weighted = _weigh(xT, nums, group, c + 1)
         total = _numbers(nums, 0, group, c + 1, _TOTAL).load(gl.SliceLayout(1, wide))
         buffer, lap = _advance(buffer, lap, 2)
     if STORE_FINAL:

@@ -1,10 +1,10 @@
 """The SSD prefill on Hopper: one launch, each block a pipeline of specialised warps.
 
-A block owns two heads (more exactly: two slices of 64 channels) of one group over one segment of the sequence, and
-walks it in chunks of 64 tokens. Its warps have roles, tied together by a ring of shared-memory stages:
+A block owns two slices of 64 channels (two heads, or parts of one), or only one, of one group over one segment of the
+sequence, and walks it in chunks of 64 tokens. Its warps have roles, tied together by a ring of shared-memory stages:
 
     loader    1 warp   copies x, B, C and z of a chunk into a stage (TMA: nothing is read past the end of the sequence)
-    decays    1 + 1    turn dt of a slice into the running decays that everybody else needs, four chunks at a time
+    decays    1 + 1    turn dt of a head into the running decays that everybody else needs, four chunks at a time
                        (4 warps where a block has one slice: the first chunk waits for them)
     scores    4 warps  C B^T once for the pair, into shared memory: G = (C B^T) * decay below the diagonal, in the dtype
                        of x, and beside it in float32 the diagonal, what a token adds to its own output, plus D
@@ -48,11 +48,8 @@ from fastmamba.kernels._ssd_hopper_roles import (
     sync_threads,
     walk_role,
 )
-from fastmamba.kernels._ssd_hopper_wide import HALF, wide_kernel
+from fastmamba.kernels._ssd_hopper_wide import _SIZES, _STRIDES, HALF, wide_kernel
 from fastmamba.kernels._sync import zeros_left_as_found
-
-_SIZES = ["T", "slices", "slices_per_group", "blocks_per_group", "groups", "segments", "chunks_per_segment"]
-_STRIDES = ["stride_dt_b", "stride_dt_t", "stride_dt_h", "stride_D_h", "stride_D_p"]
 
 
 # One binary for all sizes: a specialisation saves nothing here and costs seconds of compilation.
@@ -262,6 +259,13 @@ def _descriptor(tensor: Tensor, channels: int, block: int) -> TensorDescriptor:
     return descriptor
 
 
+def _stages(config: SsdConfig, width: int, gated: bool) -> int:
+    """Chunks loaded ahead: those of `config`, which a table may have without a gate in mind, as far as memory goes."""
+    if not gated:
+        return config.stages
+    return min(config.stages, 2 if width > 64 else 3 if config.block_slices == 2 else 4)
+
+
 def ssd(
     config: SsdConfig,
     x: Tensor,
@@ -338,7 +342,7 @@ def ssd(
     if width > part:
         _launch_wide(grid, tensors, numbers, (head_dim // 64, *form, log_A, y_scale), num_warps=config.warps)
     else:
-        stages = 2 if z is not None and width > 64 else config.stages
+        stages = _stages(config, width, z is not None)
         per_channel = D is not None and D.ndim == 2
         constants = (width, head_dim // 64, config.block_slices, *form, stages, log_A, y_scale, per_channel)
         _launch(grid, tensors, numbers, constants, num_warps=config.warps)

@@ -61,6 +61,13 @@ def test_what_is_tried_is_valid_and_begins_with_the_heuristic():
     assert all(config["segments"] == 1 for config in list(one_token)[1:])
 
 
+def test_nothing_is_tried_that_a_kernel_does_not_have():
+    wide = dataclasses.replace(PLAIN, variant="hopper", chunk=64, block_n=256, stages=2)
+    assert {config["stages"] for config in tune.space(wide, dataclasses.replace(SHAPE, state=256))} == {2}
+    narrow = dataclasses.replace(wide, block_n=128, stages=3)
+    assert {config["stages"] for config in tune.space(narrow, SHAPE)} == {2, 3, 4}
+
+
 WORKER = """
 import itertools, json, sys
 times = {1: itertools.repeat(10.0), 2: itertools.chain([9.0], itertools.repeat(12.0)), 3: itertools.repeat(8.0)}
