@@ -32,6 +32,7 @@ SMALL_GRID: list[tuple[tuple[int, int, int, int, int, int], dict[str, Any]]] = [
     ((1, 1100, 8, 64, 1, 128), {"dtype": torch.float16, "initial": True, "gate": True, "per_channel_d": True}),
     ((1, 200, 2, 128, 1, 64), {}),
     ((1, 129, 2, 128, 2, 256), {"skip": False}),
+    ((1, 1100, 2, 64, 1, 256), {"initial": True}),
     ((3, 64, 2, 40, 1, 48), {"bias": False, "initial": True}),
 ]
 
