@@ -25,13 +25,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
     # Triton's interpreter takes most of the tests' time, and operations know no transformers.
-    once = pytest.mark.skip(reason="half precision in Triton's interpreter: on the newest transformers alone")
+    once = pytest.mark.skip(reason="in Triton's interpreter, on the newest transformers alone")
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         if "gpu" in item.keywords:
             item.add_marker(skip)
-        elif LOWEST and parameters.get("backend") == "triton" and parameters.get("dtype") in _HALF:
-            item.add_marker(once)
+        elif LOWEST and parameters.get("backend") == "triton":
+            if parameters.get("dtype") in _HALF or "options" in parameters:
+                item.add_marker(once)
 
 
 @pytest.fixture(params=["torch", "triton"])

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastmamba.ops import mlp_step
 from fastmamba.reference.mlp_step import mlp_step as reference
 from fastmamba.testing import assert_golden
+from tests.versions import LOWEST
 
 ORDER = ("x", "in_weight", "out_weight", "norm_weight", "norm_eps", "router_weight", "expert_in_weight",
          "expert_out_weight", "top_k", "residual_scale")  # fmt: skip
@@ -83,8 +84,8 @@ def check(case: dict[str, Any], backend: str) -> None:
     ids=str,
 )
 def test_against_plain(shape: tuple[int, ...], dtype: torch.dtype, backend: str, device: torch.device) -> None:
-    if shape[0] == 300 and dtype != torch.float32 and backend == "triton" and device.type == "cpu":
-        pytest.skip("ten seconds and more in the interpreter; other shapes round to half precision")
+    if shape[0] == 300 and (dtype != torch.float32 or LOWEST) and backend == "triton" and device.type == "cpu":
+        pytest.skip("ten seconds and more in the interpreter, once is enough; other shapes round to half precision")
     check(make(*shape, dtype=dtype, device=device), backend)
 
 
