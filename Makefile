@@ -14,7 +14,9 @@ ARGS ?=
 
 VENV := .venv
 LOWEST := $(VENV)/transformers-$(LOWEST_TRANSFORMERS)
-PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+# Bytecode comes with the first import of what is imported: made for all that is installed, it takes two minutes.
+INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
+PIP := $(VENV)/bin/python $(INSTALL)
 # Tests build their own small models, so nothing is to be fetched.
 TESTING := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 PURELIB := import sysconfig; print(sysconfig.get_path("purelib"))
@@ -63,6 +65,6 @@ $(VENV)/transformers-%/stamp: $(VENV)/test.stamp
 	$(VENV)/bin/python -m venv $(@D)
 	@echo "import site; site.addsitedir('$$($(VENV)/bin/python -c '$(PURELIB)')')" \
 	  > "$$($(@D)/bin/python -c '$(PURELIB)')/newest.pth"
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check 'transformers==$*' \
+	$(@D)/bin/python $(INSTALL) 'transformers==$*' \
 	  $(if $(filter $*,$(LOWEST_TRANSFORMERS)),$$($(VENV)/bin/python -c '$(TRITON)' 2> /dev/null))
 	@touch $@
