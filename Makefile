@@ -14,11 +14,12 @@ ARGS ?=
 
 VENV := .venv
 LOWEST := $(VENV)/transformers-$(LOWEST_TRANSFORMERS)
-# Bytecode comes with the first import of what is imported: made for all that is installed, it takes two minutes.
+# Bytecode comes with the first import of what is imported: made for all that is installed, it takes a minute and more.
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 PIP := $(VENV)/bin/python $(INSTALL)
-# Tests build their own small models, so nothing is to be fetched.
-TESTING := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+# Tests build their own small models, so nothing is to be fetched. Bytecode is kept whatever the environment says: tests
+# start many processes.
+TESTING := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 PURELIB := import sysconfig; print(sysconfig.get_path("purelib"))
 TRITON := import torch, triton; print("" if torch.version.cuda else "triton==$(LOWEST_TRITON) numpy<2.4")
 
