@@ -338,7 +338,7 @@ def test_weights_are_read_at_each_call(mamba2):
 @pytest.mark.parametrize("scope", SCOPES)
 def test_compile(main_model, scope, monkeypatch):
     if scope != "block" and not isinstance(main_model, Mamba2ForCausalLM):
-        pytest.skip("ten seconds and more; what a narrower scope leaves to transformers is not ours to trace")
+        pytest.skip("ten seconds and more, and the mixer's forwards are those that Mamba2 is traced with")
 
     def untraceable(mixer: object) -> None:
         raise AssertionError("a weak dictionary of plans, which dies under torch.compile's guards")
