@@ -231,10 +231,15 @@ class _Blocks:
     """How many those are at most (the kernels' SPAN); one in so many waits for the one before it."""
     handover: float = 1.75
     """That wait."""
+    shares: bool = True
+    """Whether all blocks share the first pass, where a segment has four chunks (the kernels' GROUP) for each."""
 
     def cost(self, rows: int, slices: int, chunks: int, segments: int, multiprocessors: int) -> float:
         """Of `rows` groups of sequences, each of so many slices and chunks."""
-        walk = chunks if segments == 1 else (1 + self.summing) * -(-chunks // segments)
+        walk = -(-chunks // segments)
+        if segments > 1:
+            shared = self.shares and walk >= 4 * segments
+            walk *= 1 + self.summing * ((segments - 1) / segments if shared else 1)
         waves = -(-rows * -(-slices // self.slices) * segments // multiprocessors)
         looked = self.look * min(segments - 1, self.span) + self.handover * ((segments - 1) // self.span)
         handed = 0.0 if segments == 1 else self.split + looked
@@ -244,7 +249,7 @@ class _Blocks:
 _NARROW = (_Blocks(slices=2, chunk=1.0), _Blocks(slices=1, chunk=0.6))
 """Up to 128 state channels. Fitted to 64 launches on an H200, of 8 to 128 heads and 1K to 128K tokens; of each shape's
 they pick the fastest, or one 1% slower."""
-_WIDE_STATE = (_Blocks(slices=1, chunk=1.0, summing=0.55, start=6.5),)
+_WIDE_STATE = (_Blocks(slices=1, chunk=1.0, summing=0.55, start=6.5, shares=False),)
 """More of them. Fitted to launches on an H200, of 48 slices and 1K to 64K tokens, but for the costs of splitting: a
 block hands over as much as one of two slices of 128."""
 

@@ -36,10 +36,11 @@ _store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shar
 _CUM = gl.constexpr(0)  # log2 of the decay since the chunk began, at token t
 _ENTRY = gl.constexpr(1)  # the same at token s, less log2 of dt: 2 ** (CUM[t] - ENTRY[s]) is what s contributes at t
 _SINCE = gl.constexpr(2)  # decay since the chunk began
-_LEFT = gl.constexpr(3)  # dt times the decay until the chunk ends
+_LEFT = gl.constexpr(3)  # dt times the decay until the chunk ends, as two halves of the dtype of x: value and rest
 _TOTAL = gl.constexpr(4)  # decay over the chunk, the same in every column
 ROWS = gl.constexpr(5)
 GROUP = gl.constexpr(4)  # chunks that the decays warps work out at a time
+EARLY = gl.constexpr(3)  # how many chunks before it is loaded x is asked for, in the first pass
 SPAN = gl.constexpr(8)  # segments, of which the last one hands on a whole state, the others what they add to it
 
 
@@ -52,6 +53,41 @@ def _add(a, b):
 def _log2(v):
     """The hardware's logarithm: an error of 2**-22, where Triton's own has a polynomial and special cases."""
     return gl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=r,r", [v], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _split(v, dtype: gl.constexpr):
+    """A float32 as the sum of two numbers of half the width."""
+    value = v.to(dtype)
+    return value, (v - value.to(gl.float32)).to(dtype)
+
+
+@gluon.jit
+def _product(v, rest):
+    """Two numbers of half precision at a time, rounded."""
+    if v.dtype == gl.bfloat16:
+        code: gl.constexpr = "mul.rn.bf16x2 $0, $1, $2;"
+    else:
+        code: gl.constexpr = "mul.rn.f16x2 $0, $1, $2;"
+    return gl.inline_asm_elementwise(code, "=r,r,r", [v, rest], dtype=v.dtype, is_pure=True, pack=2)
+
+
+@gluon.jit
+def _sum_of_products(v, value, rest):
+    """v * value + rest, two at a time, rounded once: with `rest` from `_product` as if in float32 from start to end."""
+    if v.dtype == gl.bfloat16:
+        code: gl.constexpr = "fma.rn.bf16x2 $0, $1, $2, $3;"
+    else:
+        code: gl.constexpr = "fma.rn.f16x2 $0, $1, $2, $3;"
+    return gl.inline_asm_elementwise(code, "=r,r,r,r", [v, value, rest], dtype=v.dtype, is_pure=True, pack=2)
+
+
+@gluon.jit
+def _seen_as(memory, dtype: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr):
+    if _RENAMED:
+        return memory.reinterpret(dtype, shape, layout)
+    else:
+        return memory._reinterpret(dtype, shape, layout)
 
 
 @gluon.jit
@@ -110,11 +146,11 @@ def prefetch(ptr):
 
 @gluon.jit
 def load_chunk(
-    x_desc, B_desc, C_desc, z_desc, xs, Bs, Cs, zs, bar, stage, b, first, v, g, i, summed,
+    x_desc, B_desc, C_desc, z_desc, xs, Bs, Cs, zs, bar, stage, b, first, v, g, i, ahead, summed,
     N: gl.constexpr, PAIR: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
     """Start copying what chunk i of both passes needs into a stage."""
-    t = first + gl.where(i < summed, i, i - summed) * Q
+    t = first + gl.where(i < summed, i - ahead, i - summed) * Q
     walking = i >= summed
     mbarrier.expect(bar, (N + PAIR * Q) * Q * 2, pred=i < summed)
     mbarrier.expect(bar, (2 * N + (2 if GATED else 1) * PAIR * Q) * Q * 2, pred=walking)
@@ -129,17 +165,23 @@ def load_chunk(
 
 @gluon.jit
 def load_role(
-    x_desc, B_desc, C_desc, z_desc, xs, Bs, Cs, zs, full, walked, b, first, v, g, summed, chunks,
+    x_desc, B_desc, C_desc, z_desc, x_ptr, stride_x_t, tokens, second, xs, Bs, Cs, zs, full, walked, b, first, v, g,
+    ahead, summed, chunks,
     N: gl.constexpr, PAIR: gl.constexpr, GATED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     # In a block of one slice the first chunk's has been started before there were roles.
     FIRST: gl.constexpr = 1 if PAIR == 1 else 0
     stage = FIRST
     phase = 0
+    line = gl.arange(0, PAIR * Q, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    beside = line // Q * Q * second.to(gl.int32)
     for i in range(FIRST, summed + chunks):
+        if i + EARLY < summed:  # B is in the L2 cache mostly, where another slice's block has asked for it
+            t = gl.minimum((i + EARLY - ahead) * Q + line % Q, tokens - 1)
+            prefetch(x_ptr + (t.to(gl.int64) * stride_x_t + beside))
         mbarrier.wait(walked.index(stage), phase ^ 1)
-        load_chunk(x_desc, B_desc, C_desc, z_desc, xs, Bs, Cs, zs, full.index(stage), stage, b, first, v, g, i, summed,
-                   N, PAIR, GATED)  # fmt: skip
+        load_chunk(x_desc, B_desc, C_desc, z_desc, xs, Bs, Cs, zs, full.index(stage), stage, b, first, v, g, i, ahead,
+                   summed, N, PAIR, GATED)  # fmt: skip
         stage, phase = _advance(stage, phase, STAGES)
 
 
@@ -157,7 +199,8 @@ def decays_role(
     dt_min,
     dt_max,
     tokens,  # left from the segment's first token on
-    summed,
+    ahead,  # chunks of the first pass that lie before the segment
+    summed,  # chunks of the first pass
     chunks,
     SOFTPLUS: gl.constexpr,
     CLAMP: gl.constexpr,
@@ -165,6 +208,7 @@ def decays_role(
     SPLIT: gl.constexpr,
     LOG_A: gl.constexpr,
     HEADS: gl.constexpr,
+    dtype: gl.constexpr,  # of x
 ):
     # Two warps with one head between them take turns at the groups of chunks, and at the buffers.
     STEP: gl.constexpr = 2 if PAIR == 2 and HEADS == 1 else 1
@@ -176,16 +220,14 @@ def decays_role(
     else:
         layout: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [4, 1], [1, 0])
     rows: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    if _RENAMED:
-        nums = nums.reinterpret(gl.float32, [2 * HEADS * ROWS, GROUP, Q], rows)
-    else:
-        nums = nums._reinterpret(gl.float32, [2 * HEADS * ROWS, GROUP, Q], rows)
+    halves = _seen_as(nums, dtype, [4 * HEADS * ROWS, GROUP, Q], rows)
+    nums = _seen_as(nums, gl.float32, [2 * HEADS * ROWS, GROUP, Q], rows)
     chunk = gl.arange(0, GROUP, gl.SliceLayout(1, layout))
     q = chunk[:, None] * Q + gl.arange(0, Q, gl.SliceLayout(0, layout))[None, :]  # [GROUP, Q]
     first_pass = (summed + GROUP - 1) // GROUP
     # all loads before the first use of one
-    after = gl.where(FIRST < first_pass, FIRST, FIRST - first_pass) * (GROUP * Q) + q
-    ahead = gl.load(dt_ptr + after.to(gl.int64) * stride_dt_t, mask=after < tokens, other=0.0)
+    after = gl.where(FIRST < first_pass, FIRST * GROUP - ahead, (FIRST - first_pass) * GROUP) * Q + q
+    coming = gl.load(dt_ptr + after.to(gl.int64) * stride_dt_t, mask=after < tokens, other=0.0)
     A = gl.load(A_ptr + head)
     bias = 0.0
     if bias_ptr is not None:
@@ -197,10 +239,11 @@ def decays_role(
     buffer = FIRST
     phase = 0
     for i in range(FIRST, first_pass + (chunks + GROUP - 1) // GROUP, STEP):
-        t = gl.where(i < first_pass, i, i - first_pass) * (GROUP * Q) + q
-        dt = ahead.to(gl.float32) + bias
-        after = gl.where(i + STEP < first_pass, i + STEP, i + STEP - first_pass) * (GROUP * Q) + q
-        ahead = gl.load(dt_ptr + after.to(gl.int64) * stride_dt_t, mask=after < tokens, other=0.0)
+        t = gl.where(i < first_pass, i * GROUP - ahead, (i - first_pass) * GROUP) * Q + q
+        dt = coming.to(gl.float32) + bias
+        n = i + STEP
+        after = gl.where(n < first_pass, n * GROUP - ahead, (n - first_pass) * GROUP) * Q + q
+        coming = gl.load(dt_ptr + after.to(gl.int64) * stride_dt_t, mask=after < tokens, other=0.0)
         if SOFTPLUS:
             dt = _softplus(dt)
         if CLAMP:
@@ -227,7 +270,9 @@ def decays_role(
         nums.index(row + _CUM).store(cum)
         nums.index(row + _ENTRY).store(entry)
         nums.index(row + _SINCE).store(gl.exp2(cum))
-        nums.index(row + _LEFT).store(gl.exp2(left))
+        value, rest = _split(gl.exp2(left), dtype)
+        halves.index(2 * (row + _LEFT)).store(value)
+        halves.index(2 * (row + _LEFT) + 1).store(rest)
         nums.index(row + _TOTAL).store(cum * 0.0 + gl.exp2(last))
         mbarrier.arrive(known.index(buffer), count=1)
         if STEP == 2:
@@ -240,6 +285,14 @@ def decays_role(
 def _numbers(nums, k: gl.constexpr, buffer, c, ROW: gl.constexpr):
     """A row of the block's head k in chunk c of a pass."""
     return nums.index(((k * 2 + buffer) * ROWS + ROW) * GROUP + c % GROUP)
+
+
+@gluon.jit
+def _weights(nums, k: gl.constexpr, buffer, c, dtype: gl.constexpr, layout: gl.constexpr):
+    """Those of the tokens of chunk c in the state after it, in the first pass in that after four chunks: `_split`."""
+    halves = _seen_as(nums, dtype, [2 * nums.shape[0], Q], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    at = ((k * 2 + buffer) * ROWS + _LEFT) * (2 * GROUP) + c % GROUP
+    return halves.index(at).load(layout), halves.index(at + GROUP).load(layout)
 
 
 @gluon.jit
@@ -390,6 +443,22 @@ def _fetch(k: gl.constexpr, xs, full, stage, phase, there, PAIR: gl.constexpr, l
 
 
 @gluon.jit
+def _packed(xT):
+    """Two neighbours of half precision as one int32, for a loop to carry: halves would take a register each."""
+    low, high = xT.reshape([Q, Q // 2, 2]).split()
+    low = low.to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF
+    return low | (high.to(gl.int16, bitcast=True).to(gl.int32) << 16)
+
+
+@gluon.jit
+def _unpacked(pairs, dtype: gl.constexpr, layout: gl.constexpr):
+    """x^T again."""
+    low = pairs.to(gl.int16).to(dtype, bitcast=True)
+    high = (pairs >> 16).to(gl.int16).to(dtype, bitcast=True)
+    return gl.convert_layout(gl.join(low, high).reshape([Q, Q]), layout, assert_trivial=True)
+
+
+@gluon.jit
 def _widen(xT):
     """x^T in float32; two bfloat16 of a register are told apart by an instruction each."""
     if xT.dtype == gl.bfloat16:
@@ -401,10 +470,10 @@ def _widen(xT):
 
 
 @gluon.jit
-def _weigh(k: gl.constexpr, xT, nums, group, c, dtype: gl.constexpr):
-    """x^T times its weights in the state after the chunk, in the first pass in that after four chunks."""
-    left = _numbers(nums, k, group, c, _LEFT).load(gl.SliceLayout(0, xT.type.layout))
-    return (xT.to(gl.float32) * left[None, :]).to(dtype)
+def _weigh(k: gl.constexpr, xT, nums, group, c):
+    """x^T times its weights."""
+    left, rest = _weights(nums, k, group, c, xT.dtype, gl.SliceLayout(0, xT.type.layout))
+    return _sum_of_products(xT, left[None, :], _product(xT, rest[None, :]))
 
 
 @gluon.jit
@@ -439,27 +508,36 @@ def _beside(head: gl.constexpr, xT, owns, D, nums, group, c, mma: gl.constexpr, 
     own = owns.load(gl.SliceLayout(0, mma))[None, :]
     if PER_CHANNEL:
         own = own + D[:, None]
-    return since, gl.convert_layout(xT, mma) * own
+    return since, gl.convert_layout(_widen(xT), mma) * own
+
+
+@gluon.jit
+def _places(ptr, N: gl.constexpr, layout: gl.constexpr):
+    """Where a state's Q * N elements are kept: as the threads of a warp hold them, rows of the state lie apart.
+
+    A thread's places are one address and constants, by way of sums in this order.
+    """
+    p = gl.arange(0, Q, gl.SliceLayout(1, layout)).to(gl.int64)
+    n = gl.arange(0, N, gl.SliceLayout(0, layout)).to(gl.int64)
+    own = ptr + ((p % 8 * 8 + p // 16 * 64)[:, None] + (n % 8)[None, :])
+    places = own + ((p // 8 % 2 * 256)[:, None] + (n // 8 * 512)[None, :])
+    return gl.max_contiguous(gl.multiple_of(places, [8, 8]), [1, 8])
 
 
 @gluon.jit
 def _hand_over(
     state, decay, at, init_ptr, handed_ptr, handed_row, passed_ptr, flag_ptr, state_row, seg, segments, N: gl.constexpr,
 ):  # fmt: skip
-    """The state before a segment, [P, N], given what the segment adds to it, which goes to the segments after.
+    """The state before a block's first pass, [P, N], given what that adds to it, which goes to the blocks after.
 
     Each of those sums up what the ones before it add, back to one that hands on a whole state: every SPAN-th does. So a
     segment waits for first passes, which all end at the same time, and for another's sum only once in SPAN segments.
-    `state` is what the segment adds, `decay` [P] what it leaves of an earlier state.
+    `state` is what the first pass adds, `decay` [P] what it leaves of an earlier state.
     """
-    wide: gl.constexpr = state.type.layout
     element: gl.constexpr = handed_ptr.dtype.element_ty
-    # As the threads of a warp hold it, one after the other's: rows of the state lie apart.
-    p = gl.arange(0, Q, gl.SliceLayout(1, wide))
-    n = gl.arange(0, N, gl.SliceLayout(0, wide))
-    kept = (p % 8 * 8 + p // 16 * 64 + p // 8 % 2 * 256)[:, None] + (n % 8 + n // 8 * 512)[None, :]
+    layout: gl.constexpr = state.type.layout
     row = handed_ptr + handed_row
-    mine = gl.max_contiguous(gl.multiple_of(row + kept, [8, 8]), [1, 8])
+    mine = _places(row, N, layout)
     place = seg % SPAN
     hands = seg + 1 < segments
     if hands:
@@ -468,7 +546,7 @@ def _hand_over(
         if place + 1 < SPAN:
             sync_threads()  # every thread's part is written before the flag rises
             gl.atomic_xchg(flag_ptr, 1, sem="release")
-    before = gl.zeros((Q, N), gl.float32, wide)
+    before = gl.zeros((Q, N), gl.float32, layout)
     since = 1.0  # decay from the end of a segment to the beginning of this one
     count = gl.minimum(seg, place + 1)
     for j in range(1, count + 1):
@@ -477,8 +555,7 @@ def _hand_over(
         other = (seg - j) % SPAN
         _read(flag_ptr - j, gl.minimum(gl.where(other + 1 < SPAN, SPAN - 1 - other, SPAN), segments - 1 - seg + j))
         # written by another multiprocessor a moment ago: not from the L1 cache
-        that = gl.max_contiguous(gl.multiple_of(row - j * (Q * N) + kept, [8, 8]), [1, 8])
-        part = gl.load(that, cache_modifier=".cg").to(gl.float32)
+        part = gl.load(_places(row - j * (Q * N), N, layout), cache_modifier=".cg").to(gl.float32)
         passed = gl.load(passed_ptr - j, cache_modifier=".cg")
         before += part * since
         since *= passed
@@ -520,9 +597,11 @@ def walk_role(
     there,  # whether the slice is there: a group of an odd number of slices leaves one over
     state_row,
     handed_row,
+    parts,  # of all blocks
     stride_D_p,
     seg,
     segments,
+    ahead,
     summed,
     chunks,
     N: gl.constexpr,
@@ -552,34 +631,47 @@ def walk_role(
     turn = 0
     if SPLIT:
         decay = gl.full([Q], 1.0, gl.float32, gl.SliceLayout(1, wide))
-        xT = _widen(_fetch(k, xs, full, stage, phase, summed > 0, PAIR, narrow))
+        before_segment = decay
+        element: gl.constexpr = handed_ptr.dtype.element_ty
+        kept = handed_ptr + parts.to(gl.int64) * (Q * N) + handed_row
+        xT = _fetch(k, xs, full, stage, phase, summed > 0, PAIR, narrow)
         mbarrier.wait(known.index(group), turn, pred=summed > 0)
-        product = xT * _numbers(nums, head, group, 0, _LEFT).load(gl.SliceLayout(0, narrow))[None, :]
+        left, rest = _weights(nums, head, group, 0, dtype, gl.SliceLayout(0, narrow))
+        part = _product(xT, rest[None, :])
         total = _numbers(nums, head, group, 0, _TOTAL).load(gl.SliceLayout(1, wide))
-        for c in range(summed):  # what this segment alone adds to the state
-            if c % GROUP == 0:
-                decay *= total
-                state *= total[:, None]
-            sum = warpgroup_mma(product.to(dtype), Bs.index(stage).reshape([Q, N]), state, is_async=True)
-            used = stage
-            stage, phase = _advance(stage, phase, STAGES)
-            last = (c % GROUP == GROUP - 1) | (c + 1 == summed)
-            unneeded = group
-            if last:
-                group, turn = _advance(group, turn, 2)
-            # While the product runs, all but the rounding: what ptxas sees written while one runs, it waits for.
-            xT = _widen(_fetch(k, xs, full, stage, phase, c + 1 < summed, PAIR, narrow))
-            mbarrier.wait(known.index(group), turn, pred=c + 1 < summed)
-            product = xT * _numbers(nums, head, group, c + 1, _LEFT).load(gl.SliceLayout(0, narrow))[None, :]
-            total = _numbers(nums, head, group, c + 1, _TOTAL).load(gl.SliceLayout(1, wide))
-            state = warpgroup_mma_wait(0, [sum])
-            mbarrier.arrive(walked.index(used), count=1)
-            if last:
-                mbarrier.arrive(unknown.index(unneeded), count=1)
+        for half in gl.static_range(2):  # up to where the segment begins, and on from there
+            for c in range(0 if half == 0 else ahead, ahead if half == 0 else summed):
+                if c % GROUP == 0:
+                    decay *= total
+                    state *= total[:, None]
+                weighted = _sum_of_products(xT, left[None, :], part)
+                sum = warpgroup_mma(weighted, Bs.index(stage).reshape([Q, N]), state, is_async=True)
+                used = stage
+                stage, phase = _advance(stage, phase, STAGES)
+                last = (c % GROUP == GROUP - 1) | (c + 1 == summed)
+                unneeded = group
+                if last:
+                    group, turn = _advance(group, turn, 2)
+                # While the product runs, all but the last: what ptxas sees written while one runs, it waits for.
+                xT = _fetch(k, xs, full, stage, phase, c + 1 < summed, PAIR, narrow)
+                mbarrier.wait(known.index(group), turn, pred=c + 1 < summed)
+                left, rest = _weights(nums, head, group, c + 1, dtype, gl.SliceLayout(0, narrow))
+                part = _product(xT, rest[None, :])
+                total = _numbers(nums, head, group, c + 1, _TOTAL).load(gl.SliceLayout(1, wide))
+                state = warpgroup_mma_wait(0, [sum])
+                mbarrier.arrive(walked.index(used), count=1)
+                if last:
+                    mbarrier.arrive(unknown.index(unneeded), count=1)
+            if half == 0:
+                before_segment = decay
+                if there & (ahead > 0):  # what of the segment's first state this block itself has summed up
+                    gl.store(_places(kept, N, wide), state.to(element))
         mbarrier.arrive(walking, count=1)
         if there:
             state = _hand_over(state, decay, at, init_ptr, handed_ptr, handed_row, passed_ptr, flag_ptr, state_row, seg,
                                segments, N)  # fmt: skip
+            if ahead > 0:
+                state = state * before_segment[:, None] + gl.load(_places(kept, N, wide)).to(gl.float32)
     elif init_ptr is not None:
         if there:
             state = gl.load(init_ptr + state_row + at).to(gl.float32)
@@ -592,12 +684,13 @@ def walk_role(
     lap = 0
     place = k
     stored = 0
-    # In float32, which holds it as it is: it takes part in three products, and registers hold a half each anyway.
-    xT = _widen(_fetch(k, xs, full, stage, phase, True, PAIR, narrow))
+    pairs = _packed(_fetch(k, xs, full, stage, phase, True, PAIR, narrow))
     mbarrier.wait(known.index(group), turn)
     for c in range(chunks):
+        # With nothing, which ptxas does not know: it would see x written that a product under way is to read next.
+        xT = _unpacked(pairs ^ (stage >> 16), dtype, narrow)
         # Here, not while the last chunk's product runs: ptxas would serialise the products.
-        weighted = _weigh(head, xT, nums, group, c, dtype)
+        weighted = _weigh(head, xT, nums, group, c)
         total = _numbers(nums, head, group, c, _TOTAL).load(gl.SliceLayout(1, wide))
         zeros = gl.zeros((Q, Q), gl.float32, mma)
         before = gl.convert_layout(state.to(dtype), narrow_state)
@@ -615,13 +708,13 @@ def walk_role(
             since, own = _beside(head, xT, owns.index(buffer), D, nums, group, c, mma, PER_CHANNEL)
         y = y * since + own
         state = warpgroup_mma_wait(0, [sum])
-        y = warpgroup_mma(xT.to(dtype), G.index(buffer).permute([1, 0]), y, is_async=True)
+        y = warpgroup_mma(xT, G.index(buffer).permute([1, 0]), y, is_async=True)
         # in its shadow: the next chunk's x comes
         if c % GROUP == GROUP - 1:
             group, turn = _advance(group, turn, 2)
         used = stage
         stage, phase = _advance(stage, phase, STAGES)
-        nextT = _fetch(k, xs, full, stage, phase, c + 1 < chunks, PAIR, narrow)
+        pairs = _packed(_fetch(k, xs, full, stage, phase, c + 1 < chunks, PAIR, narrow))
         mbarrier.wait(known.index(group), turn, pred=c + 1 < chunks)
         y = warpgroup_mma_wait(0, [y])
         if GATED:
@@ -635,7 +728,6 @@ def walk_role(
             place, stored = _advance(place, stored, 2)
         else:
             stored ^= 1
-        xT = _widen(nextT)
         buffer, lap = _advance(buffer, lap, 2)
     if STORE_FINAL:
         if there:

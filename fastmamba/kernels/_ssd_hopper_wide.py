@@ -31,7 +31,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from fastmamba.kernels._ssd_hopper_roles import (
     _CUM,
     _ENTRY,
-    _LEFT,
     _SINCE,
     _TOTAL,
     GROUP,
@@ -43,6 +42,7 @@ from fastmamba.kernels._ssd_hopper_roles import (
     _load,
     _numbers,
     _store,
+    _weigh,
     decays_role,
     prefetch,
     sync_threads,
@@ -144,13 +144,6 @@ def _fetch(xs, full, stage, phase, there, layout: gl.constexpr):
 
 
 @gluon.jit
-def _weigh(xT, nums, group, c):
-    """x^T times its weights in the state after the chunk, in the first pass in that after four chunks."""
-    left = _numbers(nums, 0, group, c, _LEFT).load(gl.SliceLayout(0, xT.type.layout))
-    return (xT.to(gl.float32) * left[None, :]).to(xT.dtype)
-
-
-@gluon.jit
 def _store_role(y_desc, ys, ready, unready, b, first, v, chunks):
     place = 0
     lap = 0
@@ -195,7 +188,7 @@ def _walk_role(
             decay *= total
             state *= total[:, None]
             for c in range(g * GROUP, gl.minimum(g * GROUP + GROUP, summed)):
-                weighted = _weigh(xT, nums, group, c)
+                weighted = _weigh(0, xT, nums, group, c)
                 sum = warpgroup_mma(weighted, Bs.index(2 * stage + k).reshape([Q, HALF]), state, is_async=True)
                 used = stage
                 stage, phase = _advance(stage, phase, STAGES)
@@ -221,7 +214,7 @@ def _walk_role(
     times = 0
     xT = _fetch(xs, full, stage, phase, True, narrow)
     mbarrier.wait(known.index(group), turn)
-    weighted = _weigh(xT, nums, group, 0)
+    weighted = _weigh(0, xT, nums, group, 0)
     total = _numbers(nums, 0, group, 0, _TOTAL).load(gl.SliceLayout(1, wide))
     for c in range(chunks):
         zeros = gl.zeros((Q, Q), gl.float32, mma)
@@ -273,7 +266,7 @@ def _walk_role(
         part, times = _advance(part, times, PARTS)
         xT = nextT
         # Here, not while the product runs: ptxas would serialise the products.
-        weighted = _weigh(xT, nums, group, c + 1)
+        weighted = _weigh(0, xT, nums, group, c + 1)
         total = _numbers(nums, 0, group, c + 1, _TOTAL).load(gl.SliceLayout(1, wide))
         buffer, lap = _advance(buffer, lap, 2)
     if STORE_FINAL:
@@ -403,11 +396,11 @@ def wide_kernel(
             (_load_role, (x_desc, B_desc, C_desc, z_desc, xs, Bs, Cs, zs, full, empty, gated, ungated, b, first, v, g,
                           summed, chunks, GATED, STAGES)),
             (decays_role, (gl.constexpr(0), dt_at, A_ptr, bias_ptr, head, nums, known, unknown, stride_dt_t, dt_min,
-                           dt_max, tokens, summed, chunks, SOFTPLUS, CLAMP, gl.constexpr(2), SPLIT, LOG_A,
-                           gl.constexpr(1))),
+                           dt_max, tokens, gl.constexpr(0), summed, chunks, SOFTPLUS, CLAMP, gl.constexpr(2), SPLIT,
+                           LOG_A, gl.constexpr(1), dtype)),
             (decays_role, (gl.constexpr(1), dt_at, A_ptr, bias_ptr, head, nums, known, unknown, stride_dt_t, dt_min,
-                           dt_max, tokens, summed, chunks, SOFTPLUS, CLAMP, gl.constexpr(2), SPLIT, LOG_A,
-                           gl.constexpr(1))),
+                           dt_max, tokens, gl.constexpr(0), summed, chunks, SOFTPLUS, CLAMP, gl.constexpr(2), SPLIT,
+                           LOG_A, gl.constexpr(1), dtype)),
             (_store_role, (y_desc, ys, ready, unready, b, first, v, chunks)),
         ],
         [4, 4, 1, 1, 1, 1],

@@ -86,6 +86,20 @@ def test_split_sequences(segments: int, dtype: torch.dtype) -> None:
     check(aligned(ssd_case(2, 999, 3, 64, 1, 128, dtype=dtype, device="cuda", initial=True, gate=True)), segments)
 
 
+@pytest.mark.parametrize(("heads", "head_dim", "slices"), [(3, 64, 1), (3, 64, 2), (2, 128, 2)])
+@pytest.mark.parametrize(("segments", "tokens"), [(2, 1500), (3, 2400), (4, 4200)])
+def test_blocks_share_the_first_pass(segments: int, tokens: int, heads: int, head_dim: int, slices: int) -> None:
+    # at least four chunks of a segment for each segment
+    case = ssd_case(1, tokens, heads, head_dim, 1, 128, dtype=torch.bfloat16, device="cuda", initial=True)
+    case.A = case.A / 100  # so that what is handed over matters
+    config = ssd_config(case.x.device, case.x.dtype, 1, tokens, heads, head_dim, 128, None)
+    config = dataclasses.replace(config, segments=segments, block_slices=slices, stages=3 if slices == 2 else 4)
+    with override(config):
+        results = ssd(*case.arguments(), **case.keywords(), backend="triton")
+    for result, plain, oracle in zip(results, case.plain(), case.oracle(), strict=True):
+        assert_golden(result, plain, oracle)
+
+
 @pytest.mark.parametrize(
     ("heads", "head_dim", "state", "slices", "segments"),
     [(3, 64, 128, 2, 20), (3, 64, 64, 1, 17), (2, 128, 128, 2, 9), (3, 64, 256, 1, 17)],
