@@ -1,5 +1,5 @@
 # Each of these makes what it needs under .venv from a bare Python, and costs nothing to run again:
-#   make test    the tests, on the newest and (but for those of the scripts) on the lowest supported transformers
+#   make test    the tests, on the newest and, where it matters, on the lowest supported transformers
 #   make check   format, lint, types
 #   make demo    time prefill, original against patched: table, plot, JSON
 #   make quality lm-eval and next-token distributions, original against patched: table, plot, JSON
@@ -24,15 +24,22 @@ PURELIB := import sysconfig; print(sysconfig.get_path("purelib"))
 TRITON := import torch, triton; print("" if torch.version.cuda else "triton==$(LOWEST_TRITON) numpy<2.4")
 
 .DELETE_ON_ERROR:
-.PHONY: help test check demo quality clean
+.PHONY: help test test-newest test-lowest check demo quality clean
 
 help:
 	@sed -n '2,7s/^# \{0,1\}//p' Makefile
 
-# Two workers of one thread each are faster than one of two threads.
-test: $(VENV)/test.stamp $(LOWEST)/stamp
+# What knows no transformers, or is a script's: of operations, tests/conftest.py leaves what the lowest triton may change.
+UNCHANGED := evals examples reference test_configs.py test_imports.py test_modules.py
+
+# Two workers of one thread each are faster than one of two threads. make -j 2 installs the lowest transformers meanwhile.
+test: test-newest test-lowest
+
+test-newest: $(VENV)/test.stamp
 	$(TESTING) $(VENV)/bin/python -m pytest --numprocesses 2 $(ARGS)
-	$(TESTING) $(LOWEST)/bin/python -m pytest --numprocesses 2 --ignore tests/evals --ignore tests/examples $(ARGS)
+
+test-lowest: $(LOWEST)/stamp | test-newest
+	$(TESTING) $(LOWEST)/bin/python -m pytest --numprocesses 2 $(UNCHANGED:%=--ignore tests/%) $(ARGS)
 
 check: $(VENV)/dev.stamp
 	$(VENV)/bin/ruff format --check .
@@ -54,9 +61,11 @@ $(VENV)/torch.stamp:
 	$(PIP) '$(TORCH)'
 	@touch $@
 
-# demo, evals, test, dev: the extra of that name in pyproject.toml.
+# demo, evals, test, dev: the extra of that name in pyproject.toml. Each has those before it in it.
 $(VENV)/%.stamp: pyproject.toml $(VENV)/torch.stamp
 	$(PIP) --editable '.[$*]'
+	@for extra in demo evals test dev; do \
+	  [ $(VENV)/$$extra.stamp -nt pyproject.toml ] || touch $(VENV)/$$extra.stamp; [ $$extra != $* ] || break; done
 	@touch $@
 
 # Another transformers, .venv/transformers-VERSION: an environment that sees the first one's packages and puts its own

@@ -11,6 +11,20 @@ import pytest
 from evals import generate, generate_report, generate_speed, shapes
 
 
+@pytest.fixture
+def few_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Built-in shapes with a small vocabulary, whose weights and logits would take most of the time."""
+    own = shapes.config_for
+
+    def config_for(name: str, layers: int | None = None) -> Any:
+        config = own(name, layers)
+        config.vocab_size = 512
+        return config
+
+    monkeypatch.setattr(shapes, "config_for", config_for)
+
+
+@pytest.mark.usefixtures("forked", "few_words")
 def test_run(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = "--model granite-4.0-h-350m --layers 2 --tokens 8,16 --batch 1,2 --new-tokens 4 --device cpu"
     assert generate_speed.main([*arguments.split(), "--dtype", "float32", "--output", str(tmp_path)]) == 0
@@ -27,6 +41,7 @@ def test_run(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None
     assert printed.count("granite-4.0-h-350m") == 2 * 9  # each side when it is done, and all of them in the table
 
 
+@pytest.mark.usefixtures("forked", "few_words")
 def test_short_runs_of_the_original(tmp_path: pathlib.Path) -> None:
     """It generates all tokens in the first case alone, and long prompts are not its affair."""
     arguments = "--model mamba2-130m --layers 2 --tokens 8,16,32 --new-tokens 4 --slow-tokens 2 --device cpu"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import multiprocessing
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -62,13 +63,13 @@ def forgetful(x, dt, A_log, *rest):
 
 
 class Losing:
-    """The state is lost after 4,096 tokens, whatever parts the sequence comes in."""
+    """The state is lost after 1,024 tokens, whatever parts the sequence comes in."""
 
     done = 0
 
     def __call__(self, x, dt, A_log, B, C, D, z, dt_bias, state, *rest):
         self.done = 0 if state is None else self.done
-        cut, self.done = 4096 - self.done, self.done + x.shape[1]
+        cut, self.done = 1024 - self.done, self.done + x.shape[1]
         if not 0 < cut < x.shape[1]:
             return SOUND_SSD(x, dt, A_log, B, C, D, z, dt_bias, state, *rest)
         first, second = (
@@ -97,13 +98,15 @@ def swapped(x, weight, gate, eps, group_size, norm_before_gate, *rest):
 @pytest.mark.parametrize(
     ("model", "name", "broken", "tokens"),
     [
-        pytest.param("granite", "run_ssd", forgetful, 1024, marks=slow, id="decay"),  # fainter than in mamba2
-        pytest.param("mamba2", "run_ssd", Losing(), 4608, marks=slow, id="lost"),
-        pytest.param("mamba2", "run_ssd", spilling, 1024, marks=slow, id="padding"),
-        pytest.param("mamba2", "run_norm", swapped, 1024, id="norm"),
+        pytest.param("granite", "run_ssd", forgetful, 512, marks=slow, id="decay"),  # fainter than in mamba2
+        pytest.param("mamba2", "run_ssd", Losing(), 1280, marks=slow, id="lost"),
+        pytest.param("mamba2", "run_ssd", spilling, 512, marks=slow, id="padding"),
+        pytest.param("mamba2", "run_norm", swapped, 512, id="norm"),
     ],
 )
 def test_broken(monkeypatch, tmp_path, capsys, model, name, broken, tokens):
+    for module in ("drift", "__main__"):  # fewer tokens taken one at a time, and so fewer in all
+        monkeypatch.setattr(f"evals.quality.{module}.STEPS", 16)
     monkeypatch.setattr(PREFILL, name, broken)
     status, report = run(tmp_path, "--tokens", str(tokens), "--tasks", "none", model=model)
     assert status == 1
@@ -114,7 +117,7 @@ def test_broken(monkeypatch, tmp_path, capsys, model, name, broken, tokens):
 @slow
 def test_broken_tasks_alone(monkeypatch, tmp_path):
     monkeypatch.setattr(PREFILL, "run_norm", swapped)
-    status, report = run(tmp_path, "--tokens", "0", "--tasks", "fastmamba_text", "--limit", "4")
+    status, report = run(tmp_path, "--tokens", "0", "--tasks", "fastmamba_text", "--limit", "2")
     assert status == 1
     assert any("bits_per_byte" in line for line in report["broken"])
 
@@ -202,25 +205,81 @@ def test_positions_and_cuts():
     assert cuts(4096)[-1] == 4096 - 64
 
 
-@pytest.mark.parametrize("processes", [1 if LOWEST else 2])
-def test_command_line(tmp_path, processes):
-    """lm-eval's own command line on a patched model, in one process and under accelerate in two."""
+def launch(folder):
+    """What accelerate's launcher would have two processes find in their environment, in a file each."""
+    from accelerate.commands.launch import main as launcher
+
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    # On CPUs accelerate starts several processes by MPI only, unless it is told of several GPUs.
+    options = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0", "--no_python"]
+    sys.argv = ["accelerate", *options, "sh", "-c", f"env > '{folder}'/$RANK.env"]
+    launcher()
+
+
+def rank(number, port, folder, arguments):
+    """One of the processes, with lm-eval's command line."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    from fastmamba import lm_eval
+
+    answer = lm_eval.FastMambaLM.loglikelihood
+
+    def loglikelihood(self, requests, **options):
+        (folder / f"{number}.json").write_text(json.dumps(sorted({request.doc_id for request in requests})))
+        return answer(self, requests, **options)
+
+    lm_eval.FastMambaLM.loglikelihood = loglikelihood
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+    given = (line.partition("=") for line in (folder / f"{number}.env").read_text().splitlines())
+    names = ("ACCELERATE_", "TORCHELASTIC_USE", "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_ADDR")
+    os.environ.update({name: value for name, _, value in given if name.startswith(names)}, MASTER_PORT=str(port))
+    sys.argv = ["fastmamba.lm_eval", *arguments]
+    with (folder / f"{number}.txt").open("w") as sys.stdout:
+        sys.stderr = sys.stdout
+        os.dup2(sys.stdout.fileno(), 1)
+        os.dup2(sys.stdout.fileno(), 2)
+        lm_eval.main()
+        sys.stdout.flush()
+        os._exit(0)  # what the tests' own process wants to be done at its exit is not this one's
+
+
+def test_command_line(monkeypatch, tmp_path):
+    """lm-eval's own command line on a patched model, under accelerate in two processes that share the documents."""
+    import lm_eval.tasks
+
+    # Its own 13,000 files of tasks, which it would index in each process, and pip's list of packages.
+    own = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", own)
+    monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: "")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(ROOT)
     arguments = [
-        *("-m", "fastmamba.lm_eval", "run", "--model", "fastmamba", "--tasks", "fastmamba_cloze", "--limit", "4"),
+        *("run", "--model", "fastmamba", "--tasks", "fastmamba_cloze", "--limit", "4"),
         *("--include_path", "evals/lm_tasks", "--device", "cpu", "--batch_size", "4", "--output_path", str(tmp_path)),
         *("--model_args", "pretrained=evals/models/mamba2,dtype=float32,patch_backend=torch"),
         "--log_samples",
     ]
-    command = [sys.executable, *arguments]
-    if processes > 1:
-        launch = "from accelerate.commands.launch import main; main()"
-        # On CPUs accelerate starts several processes by MPI only, unless it is told of several GPUs.
-        options = ["--multi_gpu", "--num_processes", str(processes), "--main_process_port", "0"]
-        command = [sys.executable, "-c", launch, *options, *arguments]
-    setting = {**os.environ, "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=setting, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("|fastmamba_cloze|") == 1  # each document once, one table
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as the launcher has it
+
+    def started(function, *given):
+        # A copy of this process: another one takes ten seconds to start.
+        process = multiprocessing.get_context("fork").Process(target=function, args=given)
+        process.start()
+        return process
+
+    def status(process):
+        process.join(300)
+        process.kill()
+        return process.exitcode
+
+    assert status(started(launch, tmp_path)) == 0
+    ranks = [started(rank, i, store.port, tmp_path, arguments) for i in range(2)]
+    found = [status(process) for process in ranks]
+    printed = [(tmp_path / f"{i}.txt").read_text() for i in range(2)]
+    assert found == [0, 0], printed
+    assert [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2)] == [[0, 2], [1, 3]]
+    assert sum(text.count("|fastmamba_cloze|") for text in printed) == 1
     (samples,) = tmp_path.rglob("samples_fastmamba_cloze*.jsonl")
     assert sorted(json.loads(line)["doc_id"] for line in samples.read_text().splitlines()) == [0, 1, 2, 3]
     (results,) = tmp_path.rglob("results_*.json")

@@ -249,6 +249,7 @@ def test_a_crash_of_the_original_costs_nothing_else(monkeypatch: pytest.MonkeyPa
     ]
 
 
+@pytest.mark.usefixtures("forked")
 def test_the_run_goes_on_when_the_process_is_killed(tmp_path: Path) -> None:
     small_model("mamba2").save_pretrained(tmp_path)
 
@@ -281,6 +282,7 @@ def test_the_script_writes_table_plot_and_json(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "prefill_timing.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("forked")
 def test_it_says_what_it_cannot_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--device", "cpu", "--tokens", "16", "--model", str(tmp_path / "nothing-here")]
     assert prefill_timing.main([*options, "--output", str(tmp_path / "out")]) == 1

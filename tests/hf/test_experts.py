@@ -14,6 +14,7 @@ from torch import nn
 import fastmamba
 from fastmamba.hf import experts as our_experts
 from tests.hf.models import build, run, tokens
+from tests.versions import SECOND
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -226,6 +227,9 @@ def test_a_pickle_and_a_copy(original: nn.Module, mixed: list[Any]) -> None:
     assert len(mixed) == 1
 
 
+@pytest.mark.skipif(
+    SECOND, reason="ten seconds; compilation of whole models is tested on both versions of transformers"
+)
 @pytest.mark.filterwarnings("error:Dynamo detected")
 def test_compiled(original: nn.Module) -> None:
     """No graph break, nothing that some versions of torch refuse to trace, no graph for each length or eager call."""

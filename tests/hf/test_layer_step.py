@@ -14,6 +14,7 @@ from torch import nn
 import fastmamba
 from tests.hf.models import assert_golden, build, mixers, run, run_exact, tokens
 from tests.hf.test_outputs import states
+from tests.versions import SECOND
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
@@ -96,6 +97,8 @@ def one_step(model: nn.Module, cache: Any) -> torch.Tensor:
     ("name", "scope"), [("mamba2", "block"), ("dense", "block"), ("experts", "block"), ("mamba2", "mixer")]
 )
 def test_decode(name: str, scope: str, taken: list[Any], fed: list[Any]) -> None:
+    if SECOND and (name == "dense" or scope == "mixer"):
+        pytest.skip("in Triton's interpreter on the newest transformers alone: less of what the others have")
     model = one_group(name)  # the original on the CPU: kernels that it finds on a GPU know no float64
     fast = copy.deepcopy(model).to(DEVICE)
     fastmamba.patch(fast, backend="triton", scope=scope, cuda_graphs="off")

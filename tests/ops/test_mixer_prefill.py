@@ -139,7 +139,7 @@ def test_equals_plain_pytorch(shape: Any, dtype: torch.dtype, backend: str, devi
     ids=str,
 )
 def test_options(options: dict[str, Any], backend: str, device: torch.device) -> None:
-    check(make(**options, device=device), backend)
+    check(make(1, **options, device=device), backend)
 
 
 @pytest.mark.parametrize("gate", ["before", "after"])

@@ -125,7 +125,7 @@ def check(case: Case, backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(1, 4, 64, 1, 128), (3, 6, 24, 2, 40), (2, 2, 80, 2, 24), (1, 3, 8, 3, 16)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 4, 64, 1, 128), (2, 6, 24, 2, 40), (2, 2, 80, 2, 24), (1, 3, 8, 3, 16)], ids=str)
 def test_steps_equal_the_sequence(shape: Any, dtype: torch.dtype, backend: str, device: torch.device) -> None:
     check(make(*shape, dtype=dtype, device=device), backend)
 
@@ -146,7 +146,7 @@ def test_steps_equal_the_sequence(shape: Any, dtype: torch.dtype, backend: str, 
     ids=str,
 )
 def test_options(options: dict[str, Any], backend: str, device: torch.device) -> None:
-    check(make(**options, device=device), backend)
+    check(make(1, **options, device=device), backend)
 
 
 @pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.float16], ids=str)
