@@ -304,6 +304,17 @@ def _products(Bs, Cs, stage, N: gl.constexpr, mma: gl.constexpr):
 
 
 @gluon.jit
+def _rounded(v, dtype: gl.constexpr):
+    """A float32 [64, 64] in half precision, `_packed`."""
+    low, high = v.reshape([Q, Q // 2, 2]).split()
+    if dtype == gl.bfloat16:
+        code: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
+    else:
+        code: gl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;"
+    return gl.inline_asm_elementwise(code, "=r,r,r", [low, high], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
 def _by_register(v):
     """Of [64, 64] accumulators: the bits of row and column that a thread's registers tell apart, last."""
     return v.reshape([4, 2, 8, 2, 2, 2, 4, 2]).permute([0, 2, 6, 3, 4, 7, 5, 1])
@@ -379,7 +390,7 @@ def scores_role(
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     t = gl.arange(0, Q, gl.SliceLayout(1, mma))
     s = gl.arange(0, Q, gl.SliceLayout(0, mma))
-    earlier = t[:, None] > s[None, :]
+    earlier = _packed(gl.where(t[:, None] > s[None, :], -1, 0).to(gl.int16))
     skip0 = 0.0
     skip1 = 0.0
     if D_ptr is not None and not PER_CHANNEL:
@@ -409,17 +420,17 @@ def scores_role(
         scores = warpgroup_mma_wait(0, [products])  # [t, s]
         # What a token adds to its own output is the largest of its contributions: it is not rounded as G is.
         same = gl.convert_layout(_diagonal(scores, t, s), gl.SliceLayout(1, mma))
-        scores = gl.where(earlier, scores, 0.0)
         for k in gl.static_range(HEADS):
             cum = _numbers(nums, k, group, c, _CUM).load(gl.SliceLayout(1, mma))
             entry = _numbers(nums, k, group, c, _ENTRY).load(gl.SliceLayout(0, mma))
-            # finite above the diagonal, where the scores are zero
-            decay = gl.exp2(gl.minimum(cum[:, None] - entry[None, :], 15.0 if RELAXED else 126.0))
+            decay = gl.exp2(cum[:, None] - entry[None, :])
             if RELAXED:
                 # The sum is for ptxas, which serialises matrix products whose results are rounded at once.
-                G = (scores + 0.0).to(dtype) * decay.to(dtype)
+                G = _packed((scores + 0.0).to(dtype) * decay.to(dtype))
             else:
-                G = (scores * decay).to(dtype)
+                G = _rounded(scores * decay, dtype)
+            # Above the diagonal, where the decay may be infinite; two at a time, as every instruction here counts.
+            G = _unpacked(G & earlier, dtype, mma)
             dt = gl.exp2(cum - _numbers(nums, k, group, c, _ENTRY).load(gl.SliceLayout(1, mma)))
             if k == 0:
                 G0.index(buffer).store(G)
