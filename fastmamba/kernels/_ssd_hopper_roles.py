@@ -169,13 +169,11 @@ def load_role(
     ahead, summed, chunks,
     N: gl.constexpr, PAIR: gl.constexpr, GATED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    # In a block of one slice the first chunk's has been started before there were roles.
-    FIRST: gl.constexpr = 1 if PAIR == 1 else 0
-    stage = FIRST
+    stage = 1  # the first chunk's has been started before there were roles
     phase = 0
     line = gl.arange(0, PAIR * Q, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     beside = line // Q * Q * second.to(gl.int32)
-    for i in range(FIRST, summed + chunks):
+    for i in range(1, summed + chunks):
         if i + EARLY < summed:  # B is in the L2 cache mostly, where another slice's block has asked for it
             t = gl.minimum((i + EARLY - ahead) * Q + line % Q, tokens - 1)
             prefetch(x_ptr + (t.to(gl.int64) * stride_x_t + beside))

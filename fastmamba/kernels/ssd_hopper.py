@@ -172,18 +172,16 @@ def _kernel(
     dt_at = dt_ptr + b.to(gl.int64) * stride_dt_b + first.to(gl.int64) * stride_dt_t
     dt0 = dt_at + head0 * stride_dt_h
     dt1 = dt_at + head1 * stride_dt_h
-    if PAIR == 1:
-        # What the first chunk waits for is on its way before anything else: dt, then x, B and C.
-        early = gl.arange(0, GROUP * Q, gl.BlockedLayout([1], [32], [4], [0])) - ahead * Q
-        early = gl.minimum(early, tokens - 1)
-        prefetch(dt0 + early.to(gl.int64) * stride_dt_t)
+    # What the first chunk waits for is on its way before anything else: dt, then x, B and C.
+    early = gl.arange(0, GROUP * Q, gl.BlockedLayout([1], [32], [4], [0])) - ahead * Q
+    early = gl.minimum(early, tokens - 1)
+    prefetch(dt0 + early.to(gl.int64) * stride_dt_t)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
-    if PAIR == 1:
-        fence_async_shared()
-        sync_threads()
-        load_chunk(x_desc, B_desc, C_desc, z_desc, xs, Bs, Cs, zs, full.index(0), 0, b, first, v, g, 0, ahead, summed,
-                   N, PAIR, GATED)  # fmt: skip
+    fence_async_shared()
+    sync_threads()
+    load_chunk(x_desc, B_desc, C_desc, z_desc, xs, Bs, Cs, zs, full.index(0), 0, b, first, v, g, 0, ahead, summed, N,
+               PAIR, GATED)  # fmt: skip
     for i in gl.static_range(STAGES):
         mbarrier.init(walked.index(i), count=PAIR)  # the walkers
     mbarrier.init(walking, count=PAIR)
