@@ -227,7 +227,7 @@ class _Blocks:
     """What splitting costs besides."""
     look: float = 0.7
     """What a segment pays for each segment that it looks back to."""
-    span: int = 8
+    span: int = 16
     """How many those are at most (the kernels' SPAN); one in so many waits for the one before it."""
     handover: float = 1.75
     """That wait."""

@@ -41,7 +41,7 @@ _TOTAL = gl.constexpr(4)  # decay over the chunk, the same in every column
 ROWS = gl.constexpr(5)
 GROUP = gl.constexpr(4)  # chunks that the decays warps work out at a time
 EARLY = gl.constexpr(3)  # how many chunks before it is loaded x is asked for, in the first pass
-SPAN = gl.constexpr(8)  # segments, of which the last one hands on a whole state, the others what they add to it
+SPAN = gl.constexpr(16)  # segments, of which the last one hands on a whole state, the others what they add to it
 
 
 @gluon.jit
@@ -103,26 +103,34 @@ def _softplus(v):
 
 
 @gluon.jit
-def _spin(flag_ptr):
-    """Wait until a flag is raised; what its writer wrote before is visible afterwards."""
+def _await(flag_ptr, count):
+    """Wait until the `count` flags before this one are raised: what their writers wrote before is visible then."""
+    lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    flags = flag_ptr - gl.minimum(lane + 1, count)
     raised = 0
     while raised == 0:
-        raised = gl.inline_asm_elementwise(
-            "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [flag_ptr], dtype=gl.int32, is_pure=False, pack=1
+        seen = gl.inline_asm_elementwise(
+            "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [flags], dtype=gl.int32, is_pure=False, pack=1
         )
+        raised = gl.min(seen, axis=0)
+    sync_threads()
 
 
 @gluon.jit
-def _read(flag_ptr, readers):
-    """Count a reader of what a raised flag stands for; the last of `readers` leaves the flag as it was found.
+def _read(flag_ptr, count, seg, segments):
+    """Count a reader of what the `count` raised flags before this one, a segment's, stand for.
 
-    A flag is 0, then 1, then counts on: raised for whoever still waits, until it falls back.
+    A flag is 0, then 1, then counts on: raised for whoever still waits, until the last reader of all that it has lets
+    it fall back.
     """
-    one = gl.arange(0, 128, gl.BlockedLayout([1], [32], [gl.num_warps()], [0])) == 0
+    before = gl.arange(0, 128, gl.BlockedLayout([1], [32], [gl.num_warps()], [0])) + 1
+    other = seg - before
+    place = other % SPAN
+    readers = gl.minimum(gl.where(place + 1 < SPAN, SPAN - 1 - place, SPAN), segments - 1 - other)
     gl.inline_asm_elementwise(
         "{.reg .pred p; setp.ne.b32 p, $3, 0; @p red.relaxed.gpu.global.inc.u32 [$1], $2; mov.b32 $0, 0;}",
         "=r,l,r,r",
-        [flag_ptr, readers, one.to(gl.int32)],
+        [flag_ptr - gl.minimum(before, count), readers, (before <= count).to(gl.int32)],
         dtype=gl.int32,
         is_pure=False,
         pack=1,
@@ -551,23 +559,23 @@ def _hand_over(
     hands = seg + 1 < segments
     if hands:
         gl.store(mine, state.to(element))
-        gl.store(passed_ptr, gl.max(decay, axis=0))
+        gl.store(passed_ptr + gl.zeros_like(decay).to(gl.int32), decay)  # the same in every row
         if place + 1 < SPAN:
             sync_threads()  # every thread's part is written before the flag rises
             gl.atomic_xchg(flag_ptr, 1, sem="release")
     before = gl.zeros((Q, N), gl.float32, layout)
     since = 1.0  # decay from the end of a segment to the beginning of this one
     count = gl.minimum(seg, place + 1)
+    if count > 0:
+        _await(flag_ptr, count)
+        _read(flag_ptr, count, seg, segments)
     for j in range(1, count + 1):
-        _spin(flag_ptr - j)
-        sync_threads()
-        other = (seg - j) % SPAN
-        _read(flag_ptr - j, gl.minimum(gl.where(other + 1 < SPAN, SPAN - 1 - other, SPAN), segments - 1 - seg + j))
-        # written by another multiprocessor a moment ago: not from the L1 cache
-        part = gl.load(_places(row - j * (Q * N), N, layout), cache_modifier=".cg").to(gl.float32)
-        passed = gl.load(passed_ptr - j, cache_modifier=".cg")
-        before += part * since
-        since *= passed
+        if since != 0.0:  # of what has decayed to nothing, nothing need be read
+            # written by another multiprocessor a moment ago: not from the L1 cache
+            part = gl.load(_places(row - j * (Q * N), N, layout), cache_modifier=".cg").to(gl.float32)
+            passed = gl.load(passed_ptr - j, cache_modifier=".cg")
+            before += part * since
+            since *= passed
     if init_ptr is not None:
         if count == seg and place == seg:
             before += gl.load(init_ptr + state_row + at).to(gl.float32) * since
