@@ -123,6 +123,8 @@ CHOICES: dict[str, dict[str, list[Any]]] = {
         "rows": [8, 16, 32],
         "warps": [4, 8],
         "stages": [1, 2, 3, 4, 5],
+        "registers": [128, 168, configs.MOST_REGISTERS],  # four, three and two blocks of four warps a multiprocessor
+        "scores": [False, True],
     },
 }
 
@@ -133,6 +135,8 @@ def space(start: configs.SsdConfig, shape: tuned.Shape) -> Space:
     if start.variant == "hopper" and start.block_n > 128:
         del choices["stages"]  # that kernel has two, whatever a configuration says
     choices["segments"] = sorted({start.segments, *choices["segments"]})
+    if torch.version.hip:
+        choices.pop("registers", None)  # a bound that only NVIDIA's compiler takes
     if "block_p" in choices:
         choices["block_p"] = [width for width in choices["block_p"] if width <= max(start.block_p, shape.head_dim)]
 

@@ -14,6 +14,9 @@ import torch
 
 from fastmamba import tuned
 
+MOST_REGISTERS = 255
+"""That a thread of an NVIDIA GPU can have."""
+
 
 @dataclass(frozen=True)
 class SsdConfig:
@@ -39,6 +42,10 @@ class SsdConfig:
     """Warps of a block; in the Hopper variant those of one role."""
     stages: int
     """Chunks that are loaded ahead; in the Hopper variant fewer where a gate takes their room."""
+    registers: int = MOST_REGISTERS
+    """That a thread may have (portable, on NVIDIA's GPUs): with fewer, more blocks fit a multiprocessor."""
+    scores: bool = False
+    """Whether a launch of its own works out C B^T, once for all heads of a group (portable, not in float32)."""
 
 
 @dataclass(frozen=True)
@@ -269,48 +276,90 @@ def _hopper_split(rows: int, slices: int, chunks: int, multiprocessors: int, sta
 
 @dataclass(frozen=True)
 class _Walk:
-    """What a way to walk costs; a chunk's second pass is 1. Measured on an H100."""
+    """A way to walk, and what it costs on an H200: fitted to 75 launches of 24 to 128 heads and 1K to 128K tokens."""
 
     chunk: int
     stages: int
     resident: int
     """Blocks that a multiprocessor holds."""
+    step: float
+    """Microseconds of a chunk's second pass, while there are so many."""
     start: float
-    """What a block costs besides its chunks."""
+    """What a block costs besides its chunks, in chunks."""
+    channels: int = 64
+    """Of a head, that a block takes at most."""
+    held: int = 2048
+    """Elements of the state that a warp of four holds at most; eight share more."""
+    registers: int = MOST_REGISTERS
+    scores: bool = False
     summing: float = 0.35
-    """A chunk's first pass."""
+    """A chunk's first pass, of its second."""
     handover: float = 0.5
-    """What a segment waits for the state of the one before it, while that is being worked out."""
+    """What a segment waits for the state of the one before it, while that is being worked out, in chunks."""
     alone: float = 0.7
-    """What a wave of one block a multiprocessor takes, of one with two."""
+    """What a wave of one block a multiprocessor takes, of a full one; between them it grows with the blocks."""
 
-    def split(self, walks: int, tokens: int, multiprocessors: int) -> int:
-        """Into how many segments to split a sequence, of which there are `walks`."""
+    def cost(self, walks: int, tokens: int, segments: int, multiprocessors: int) -> float:
+        """Microseconds of `walks` sequences, each split into so many segments."""
         chunks = -(-tokens // self.chunk)
         slots = self.resident * multiprocessors
-
-        def cost(segments: int) -> float:
-            walk = chunks if segments == 1 else (1 + self.summing) * -(-chunks // segments)
-            waves, rest = divmod(walks * segments, slots)
-            last = 0 if rest == 0 else 1 if rest > multiprocessors or self.resident == 1 else self.alone
-            return (waves + last) * (walk + self.start) + (min(segments, slots) - 1) * self.handover
-
-        return min(range(1, max(1, min(chunks // 8, 64)) + 1), key=cost)
+        walk = chunks if segments == 1 else (1 + self.summing) * -(-chunks // segments)
+        waves, rest = divmod(walks * segments, slots)
+        beside = -(-rest // multiprocessors) - 1  # blocks that one of the last wave shares a multiprocessor with
+        last = 0 if rest == 0 else 1 - (1 - self.alone) * (self.resident - 1 - beside) / max(1, self.resident - 1)
+        return self.step * ((waves + last) * (walk + self.start) + (min(segments, slots) - 1) * self.handover)
 
 
-_SMALL = _Walk(chunk=32, stages=4, resident=2, start=13.0)
+_TWO = _Walk(chunk=32, stages=4, resident=2, step=1.47, start=5.6, handover=2.3)
 """With a copy engine: small chunks, many of them ahead."""
-_WIDE = _Walk(chunk=64, stages=2, resident=1, start=0.75)
+_THREE = _Walk(chunk=32, stages=4, resident=3, step=1.88, start=7.0, registers=168, handover=1.6, alone=0.62)
+"""The same, as many blocks as 168 registers allow: where there is enough to share out."""
+_LONE = _Walk(chunk=64, stages=3, resident=1, step=1.84, start=3.8, handover=1.75)
+"""With a copy engine, a block a multiprocessor: larger chunks."""
+_TALL = _Walk(chunk=32, stages=4, resident=2, step=2.2, start=15.0, channels=128, held=4096, handover=1.0)
+"""With a copy engine, heads of more than 64 channels: B and C are read and multiplied once for 128 of them."""
+_WIDE = _Walk(chunk=32, stages=3, resident=2, step=2.0, start=11.0, held=4096, summing=0.4, handover=1.75)
 """With a copy engine, more than 128 state channels."""
-_PLAIN = _Walk(chunk=64, stages=1, resident=2, start=3.0)
-"""Without one: loading ahead costs more than it hides."""
-_SINGLE = _Walk(chunk=16, stages=1, resident=2, start=10.0)
+_WIDE_TALL = _Walk(
+    chunk=32,
+    stages=4,
+    resident=1,
+    step=1.8,
+    start=11.0,
+    channels=128,
+    held=4096,
+    scores=True,
+    summing=0.4,
+    handover=2.3,
+)
+"""The same for heads of more than 64 channels: eight warps in step, which would wait for C B^T."""
+_PLAIN = _Walk(chunk=32, stages=2, resident=2, step=1.0, start=5.6, handover=3.1)
+"""Without a copy engine. Not measured on such a GPU, but built as for one (A100) and run on an H200."""
+_PLAIN_WIDE = _Walk(chunk=64, stages=2, resident=1, step=1.0, start=0.75)
+"""The same, more than 128 state channels."""
+_SINGLE = _Walk(chunk=16, stages=1, resident=2, step=1.0, start=10.0)
 """float32: a product is six of bfloat16 pieces, whose operands are held in registers. 16 rows spill least."""
-_LONE = _Walk(chunk=64, stages=3, resident=1, start=3.0)
-"""With a copy engine, where each walk, or each segment of few walks, has a multiprocessor to itself: larger chunks."""
-_SHORT = 2048
-"""Tokens up to which that is worth while though a quarter of the multiprocessors and more have nothing to do. From so
-many on to twice as many it is also where walks fill no more than a quarter of them, and are split."""
+
+
+def _ways(full: bool, limits: _Limits, head_dim: int, block_n: int) -> tuple[_Walk, ...]:
+    """Those to choose from, first the one that is made smaller where none fits."""
+    tall = head_dim > 64 and -(-head_dim // 128) * 2 == -(-head_dim // 64)  # no more padding than slices of 64 have
+    if full:
+        return (_SINGLE,)
+    if not limits.copy_engine:
+        return (_PLAIN if block_n <= 128 else _PLAIN_WIDE,)
+    if block_n > 128:
+        return (_WIDE, _WIDE_TALL) if tall and block_n <= 256 else (_WIDE,)
+    return (_TWO, _THREE, _LONE, _TALL) if tall else (_TWO, _THREE, _LONE)
+
+
+def _shared(walk: _Walk, limits: _Limits, block_p: int, block_n: int, size: int) -> int:
+    """Bytes of a block: the tiles that are loaded ahead, those of scores and y, and some for decays."""
+    # Triton has as many buffers as stages where all that reads B and C are wgmma, else one less.
+    whole = limits.copy_engine and (walk.chunk > 32 or walk.scores)
+    buffers = walk.stages if whole else max(1, walk.stages - 1)
+    scores = 4 * walk.chunk * buffers if walk.scores else 0
+    return walk.chunk * ((buffers * (block_p + 2 * block_n) + walk.chunk + block_p) * size + scores + 64)
 
 
 def _portable(
@@ -325,37 +374,42 @@ def _portable(
 ) -> SsdConfig:
     full = dtype == torch.float32
     limits = _limits(device)
-    block_p = min(_power_of_2(head_dim), 64)
     block_n = _power_of_2(state)
-    walks = batch * heads * -(-head_dim // block_p)  # independent ones, each over the whole sequence
 
-    walk = _SINGLE if full else _PLAIN if not limits.copy_engine else _WIDE if block_n > 128 else _SMALL
-    filled = walks / limits.multiprocessors
-    # 24 heads on an H200: 52 us instead of 66 at 4K tokens, but 34 instead of 31 at 1K
-    few = filled <= 0.25 and _SHORT <= tokens <= 2 * _SHORT
-    if walk is _SMALL and (0.5 < filled <= 1 and tokens <= _SHORT or 0.75 < filled <= 1 or few):
-        walk = _LONE
-    chunk = min(chunk_size or walk.chunk, walk.chunk)
+    def fits(walk: _Walk, blocks: int) -> bool:
+        each = _shared(walk, limits, min(_power_of_2(head_dim), walk.channels), block_n, dtype.itemsize) + 1024
+        return blocks * each <= limits.shared_bytes + 1024
 
-    def shared(stages: int) -> int:
-        """Bytes of a block: the tiles that are loaded ahead, and those of scores and y."""
-        return chunk * (stages * (block_p + 2 * block_n) + chunk + block_p) * dtype.itemsize
-
-    stages = walk.stages
-    while shared(stages) > limits.shared_bytes and (stages > 1 or chunk > 16):
-        stages, chunk = (stages - 1, chunk) if stages > 1 else (1, chunk // 2)
-    segments = dataclasses.replace(walk, chunk=chunk).split(walks, tokens, limits.multiprocessors)
-    per_segment = -(-tokens // (chunk * segments))
+    ways = [
+        dataclasses.replace(walk, chunk=min(chunk_size or walk.chunk, walk.chunk))
+        for walk in _ways(full, limits, head_dim, block_n)
+    ]
+    usual = ways[0]
+    while not fits(usual, 1) and (usual.stages > 1 or usual.chunk > 16):
+        if usual.stages > 1:
+            usual = dataclasses.replace(usual, stages=usual.stages - 1)
+        else:
+            usual = dataclasses.replace(usual, chunk=usual.chunk // 2)
+    choices = []
+    for walk in [walk for walk in ways if fits(walk, walk.resident)] or [usual]:
+        walks = batch * heads * -(-head_dim // walk.channels)  # independent ones, each over the whole sequence
+        most = max(1, min(-(-tokens // walk.chunk) // 8, 64))
+        for segments in range(1, most + 1):
+            choices.append((walk.cost(walks, tokens, segments, limits.multiprocessors), segments, walk))
+    _, segments, walk = min(choices, key=lambda choice: choice[0])
+    block_p = min(_power_of_2(head_dim), walk.channels)
     return SsdConfig(
         variant="portable",
-        chunk=chunk,
+        chunk=walk.chunk,
         segments=segments,
         block_p=block_p,
         block_slices=1,
         block_n=block_n,
-        # as many as fill the threads, fewer where it is the start that counts
-        rows=16 if chunk == 16 else (1024 if per_segment * chunk > 2048 or few and walk is _LONE else 512) // chunk,
+        # more are faster, unless it is the start that counts
+        rows=32 if walk.chunk == 32 and tokens > 4096 else 16,
         precision="bf16x6" if full else "tf32",
-        warps=4 if block_p * block_n <= 64 * 128 else 8,
-        stages=stages,
+        warps=4 if block_p * block_n <= 4 * walk.held else 8,
+        stages=walk.stages,
+        registers=walk.registers,
+        scores=walk.scores,
     )

@@ -92,6 +92,7 @@ def test_a_table_as_written_is_what_is_read(tmp_path):
         (lambda e: e["config"].update(chnk=64), r"config: chnk is unknown"),
         (lambda e: e["config"].update(chunk="64"), r"config: chunk must be a positive integer, got '64'"),
         (lambda e: e["config"].update(variant=3), r"config: variant must be a string, got 3"),
+        (lambda e: e["config"].update(scores=1), r"config: scores must be true or false, got 1"),
         (lambda e: e["shape"].update(tokens=0), r"shape: tokens must be a positive integer, got 0"),
         (lambda e: e.update(shape=[1, 2]), r"shape: dtype is missing, batch is missing"),
     ],
@@ -137,23 +138,52 @@ def choose(device: torch.device, tokens: int = 16384, chunk_size: int | None = N
 
 
 @pytest.mark.parametrize(
-    ("walks", "tokens", "chunk", "segments"),
-    [
-        (80, 1024, 64, 1),  # a multiprocessor each, and short
-        (80, 4096, 32, 3),  # two blocks on each of 132 multiprocessors
-        (80, 16384, 32, 3),
-        (80, 131072, 32, 13),
-        (128, 131072, 64, 1),  # a multiprocessor each, and nearly all of them
-        (2560, 1024, 32, 1),  # nothing to gain
-        (24, 4096, 64, 5),  # few, and a multiprocessor for each segment
-        (24, 1024, 32, 4),
-        (80, 17, 64, 1),
+    ("batch", "heads", "head_dim", "state", "tokens", "expected"),
+    [  # what was fastest on an H200, or 3% slower: chunk, segments, channels of a block, registers
+        (1, 80, 64, 128, 1024, (64, 1, 64, 255)),  # a multiprocessor each, and short
+        (1, 80, 64, 128, 4096, (32, 3, 64, 255)),  # two blocks on each of 132 multiprocessors
+        (1, 80, 64, 128, 16384, (32, 8, 64, 168)),  # three
+        (1, 80, 64, 128, 131072, (32, 19, 64, 168)),
+        (1, 128, 64, 128, 1024, (64, 1, 64, 255)),
+        (1, 128, 64, 128, 131072, (32, 3, 64, 168)),
+        (32, 80, 64, 128, 1024, (32, 1, 64, 168)),  # nothing to gain from segments
+        (1, 48, 64, 128, 16384, (32, 8, 64, 168)),
+        (1, 24, 64, 128, 4096, (64, 5, 64, 255)),  # few, and a multiprocessor for each segment
+        (1, 24, 64, 128, 1024, (32, 4, 64, 255)),
+        (1, 24, 64, 128, 16384, (32, 11, 64, 255)),
+        (1, 40, 128, 128, 16384, (32, 6, 128, 255)),  # two blocks of 128 channels
+        (1, 40, 128, 128, 65536, (32, 13, 128, 255)),
+        (1, 40, 192, 128, 65536, (32, 13, 64, 168)),  # 128 do not divide them
+        (1, 48, 64, 256, 16384, (32, 5, 64, 255)),
+        (1, 48, 64, 256, 65536, (32, 11, 64, 255)),
+        (1, 24, 128, 256, 16384, (32, 5, 128, 255)),
+        (1, 24, 128, 256, 65536, (32, 11, 128, 255)),
     ],
 )
-def test_the_portable_kernel_fills_the_gpu(h200, walks: int, tokens: int, chunk: int, segments: int) -> None:
+def test_the_portable_kernel_fills_the_gpu(
+    h200, batch: int, heads: int, head_dim: int, state: int, tokens: int, expected: tuple[int, ...]
+) -> None:
     with override("portable"):
-        config = ssd_config(h200, torch.bfloat16, 1, tokens, walks, 64, 128, None)
-    assert (config.variant, config.chunk, config.segments) == ("portable", chunk, segments)
+        config = ssd_config(h200, torch.bfloat16, batch, tokens, heads, head_dim, state, None)
+    assert (config.chunk, config.segments, config.block_p, config.registers) == expected
+    assert config.variant == "portable" and config.scores == (state == 256 and config.block_p == 128)
+
+
+@pytest.mark.parametrize(
+    ("limits", "state", "expected"),
+    [  # chunk, channels of a block, warps, stages, registers
+        (configs._Limits(108, 163 * 1024, False), 128, (32, 64, 4, 2, 255)),  # A100
+        (configs._Limits(108, 163 * 1024, False), 256, (64, 64, 8, 2, 255)),
+        (configs._Limits(84, 99 * 1024, False), 256, (64, 64, 8, 2, 255)),  # A10
+        (configs._Limits(304, 64 * 1024, False), 256, (32, 64, 8, 1, 255)),  # MI300
+        (configs._Limits(170, 99 * 1024, True), 128, (32, 64, 4, 4, 255)),  # RTX 5090: one block, not three
+        (configs._Limits(170, 99 * 1024, True), 256, (32, 64, 4, 3, 255)),
+    ],
+)
+def test_what_other_gpus_have_room_for(monkeypatch, limits, state: int, expected: tuple[int, ...]) -> None:
+    monkeypatch.setattr(configs, "_limits", lambda device: limits)
+    config = configs._portable(CPU, torch.bfloat16, 1, 16384, 24, 128, state, None)
+    assert (config.chunk, config.block_p, config.warps, config.stages, config.registers) == expected
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ Everything is transposed: channels are the rows, so that the state and x are the
 tensor cores can take from registers. x, B, C and y go through tensor descriptors where the GPU has a copy engine for
 them and the tensors are laid out as it needs.
 
+Wide blocks would wait for C B^T in every chunk: there a launch before works it out, once for all heads of a group.
+
 Blocks take their work from an atomic ticket, segments in order, so a block only ever waits for a block that has already
 started: no start order can deadlock. Which block does a piece of work never changes what is added to what in which
 order, so the bits are the same on every run.
@@ -24,11 +26,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastmamba.configs import SsdConfig, copy_engine
+from fastmamba.configs import MOST_REGISTERS, SsdConfig, copy_engine
 from fastmamba.kernels._decays import CUM, ENTRY, LEFT, LOW, SUMMED, discretize, power_of_2
 from fastmamba.kernels._dot import dot
 from fastmamba.kernels._exp2 import exp2
 from fastmamba.kernels._launch import Launcher, unit_stride
+from fastmamba.kernels._scores import chunk_scores
 from fastmamba.kernels._sync import zeros_left_as_found
 
 
@@ -69,6 +72,7 @@ def _ssd_kernel(
     A_ptr,
     D_ptr,
     z_ptr,
+    scores_ptr,
     bias_ptr,
     init_ptr,
     final_ptr,
@@ -193,6 +197,8 @@ def _ssd_kernel(
     if SPLIT:
         flag = sync_ptr + 1 + walk * segments + seg
         handed = handed_ptr + ((tl.cast(b, tl.int64) * H + h) * segments + seg) * (P * N) + p[:, None] * N + n[None, :]
+        # Loaded twice where it is handed on: beside what a segment adds, a state of 256 would not fit the registers.
+        before = handed - P * N
         own = tl.zeros((BP, BN), dtype=tl.float32)
         if seg + 1 < segments:  # what this segment alone adds to the state
             for c in tl.range(0, chunks, num_stages=STAGES):
@@ -207,20 +213,27 @@ def _ssd_kernel(
                 arrived = tl.atomic_add(flag - 1, 0, sem="acquire")
             tl.debug_barrier()
             tl.store(flag - 1, 0)  # the flags are left as they were found
-            # written by another multiprocessor a moment ago: not from the L1 cache
-            state = tl.load(handed - P * N, mask=has_state, other=0.0, cache_modifier=".cg").to(tl.float32)
-        elif init_ptr is not None:
-            state = tl.load(init_ptr + state_at, mask=has_state, other=0.0).to(tl.float32)
         if seg + 1 < segments:
-            tl.store(
-                handed, (own + state * power_of_2(decay, COMPENSATED)).to(handed_ptr.dtype.element_ty), mask=has_state
-            )
+            whole = power_of_2(decay, COMPENSATED)
+            # written by another multiprocessor a moment ago: not from the L1 cache
+            if seg > 0:
+                own += tl.load(before, mask=has_state, other=0.0, cache_modifier=".cg").to(tl.float32) * whole
+            elif init_ptr is not None:
+                own += tl.load(init_ptr + state_at, mask=has_state, other=0.0).to(tl.float32) * whole
+            tl.store(handed, own.to(handed_ptr.dtype.element_ty), mask=has_state)
             tl.debug_barrier()  # every thread's part is written before the flag rises
             tl.atomic_xchg(flag, 1, sem="release")
+        if seg > 0:
+            state = tl.load(before, mask=has_state, other=0.0, cache_modifier=".cg").to(tl.float32)
+        elif init_ptr is not None:
+            state = tl.load(init_ptr + state_at, mask=has_state, other=0.0).to(tl.float32)
     elif init_ptr is not None:
         state = tl.load(init_ptr + state_at, mask=has_state, other=0.0).to(tl.float32)
 
     # -- the output
+    if scores_ptr is not None:
+        place = tl.cast(b * G + g, tl.int64) * ((T + Q - 1) // Q) + seg * chunks_per_segment
+        scores_at = scores_ptr + place * (Q * Q) + q[:, None] * Q + q[None, :]  # [s, t]
     if D_PER_CHANNEL:
         D = tl.load(D_ptr + h * P + p, mask=has_p, other=0.0).to(tl.float32)[:, None]
     elif D_PER_HEAD:
@@ -239,31 +252,39 @@ def _ssd_kernel(
             low = tl.load(at + LOW * lead + q)
             last_low = tl.load(at + LOW * lead + Q - 1)
             low_since = low[None, :] - low[:, None]
-        xT = tl.trans(_tile(x, b, t, x_column, stride_x_b, stride_x_t, T, width_x, Q, BP, DESCRIBED))  # [P, Q]
         Bc = _tile(B, b, t, B_column, stride_B_b, stride_B_t, T, N, Q, BN, DESCRIBED)  # [Q, N]
         CT = tl.trans(_tile(C, b, t, C_column, stride_C_b, stride_C_t, T, N, Q, BN, DESCRIBED))  # [N, Q]
 
+        # The scores are done with before the state is made an operand, and x comes after: the fewest registers at once.
         causal = q[:, None] <= q[None, :]  # [s, t]
         if STEPS:
             decayed = exp2(cum[None, :] - cum[:, None], low_since, COMPENSATED) * entry[:, None]
             decayed = tl.where(causal, decayed, 0.0)
         else:
             decayed = tl.exp2(tl.where(causal, cum[None, :] - entry[:, None], float("-inf")))
-        since = exp2(cum, low, COMPENSATED)[None, :]
-        if COMPENSATED and BN > 128:
-            # Tensor cores cut off what each partial sum gains below its last bit: shorter sums lose less of float32.
+        # Tensor cores cut off what each partial sum gains below its last bit: shorter sums lose less of float32.
+        HALVES: tl.constexpr = COMPENSATED and BN > 128
+        if HALVES:
             front = tl.where((n < BN // 2)[:, None], CT, 0.0)
             back = tl.where((n >= BN // 2)[:, None], CT, 0.0)
             scores = dot(Bc, front, PRECISION) * decayed + dot(Bc, back, PRECISION) * decayed
-            yT = dot(state, front, PRECISION) * since + dot(state, back, PRECISION) * since
         else:
-            scores = dot(Bc, CT, PRECISION)
+            if scores_ptr is not None:
+                scores = tl.load(scores_at + c * (Q * Q))
+            else:
+                scores = dot(Bc, CT, PRECISION)
             if RELAXED:
                 scores = scores.to(dtype).to(tl.float32)
                 decayed = decayed.to(dtype).to(tl.float32)
             scores *= decayed
+        scores = scores.to(dtype)
+        since = exp2(cum, low, COMPENSATED)[None, :]
+        if HALVES:
+            yT = dot(state, front, PRECISION) * since + dot(state, back, PRECISION) * since
+        else:
             yT = dot(state.to(dtype), CT, PRECISION) * since  # [P, Q], what came before the chunk
-        yT += dot(xT, scores.to(dtype), PRECISION)
+        xT = tl.trans(_tile(x, b, t, x_column, stride_x_b, stride_x_t, T, width_x, Q, BP, DESCRIBED))  # [P, Q]
+        yT += dot(xT, scores, PRECISION)
         if D_PER_HEAD or D_PER_CHANNEL:
             yT += xT.to(tl.float32) * D
         if z_ptr is not None:
@@ -366,12 +387,16 @@ def ssd(
     described = copy_engine(x.device) and all(map(_describable, tiles, blocks))
     if described:
         tiles = tuple(_descriptor(tensor, chunk, block) for tensor, block in zip(tiles, blocks, strict=True))
+    apart = None
+    if config.scores and not compensated:
+        apart = chunk_scores(B, C, chunk, config.block_n, config.precision)
     tensors = (
         dt,
         *tiles,
         A.contiguous(),
         None if D is None else D.contiguous(),
         z,
+        apart,
         None if dt_bias is None else dt_bias.contiguous(),
         None if initial_states is None else initial_states.contiguous(),
         final,
@@ -412,5 +437,8 @@ def ssd(
         log_A,
         y_scale,
     )
-    _launch((walks * segments, 1, 1), tensors, numbers, constants, num_warps=config.warps, num_stages=config.stages)
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    if config.registers < MOST_REGISTERS:
+        options["maxnreg"] = config.registers
+    _launch((walks * segments, 1, 1), tensors, numbers, constants, **options)
     return y, final

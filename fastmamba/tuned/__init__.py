@@ -91,8 +91,10 @@ def _entry(entry: Any, where: str, config_type: Any) -> Entry[Any]:
         wrong = [f"{name} is missing" for name in fields if name not in given]
         wrong += [f"{name} is unknown" for name in given if name not in fields]
         for name, value in given.items():
-            kinds = {"int": "a positive integer", "str": "a string"}
-            if (expected := fields.get(name)) in kinds and (type(value).__name__ != expected or value in (0, "")):
+            kinds = {"int": "a positive integer", "str": "a string", "bool": "true or false"}
+            expected = fields.get(name)
+            empty = expected != "bool" and value in (0, "")
+            if expected in kinds and (type(value).__name__ != expected or empty):
                 wrong.append(f"{name} must be {kinds[expected]}, got {value!r}")
         if wrong:
             raise ValueError(f"{where}: {part}: {', '.join(wrong)}")

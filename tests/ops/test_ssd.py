@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -78,6 +79,16 @@ def test_tiles_by_tensor_descriptors(
         check(ssd_case(2, 333, 4, 32, 2, 16, dtype=dtype, device=device, initial=True, chunk_size=16), backend)
     assert len(described) == 4
     assert ssd_portable._launch._described  # or the launcher would take them for tensors, on a GPU
+
+
+@pytest.mark.parametrize("backend", ["triton"])
+@pytest.mark.parametrize("segments", [1, 2])
+def test_scores_worked_out_beforehand(segments: int, backend: str, device: torch.device) -> None:
+    case = ssd_case(2, 75, 4, 16, 2, 16, dtype=torch.bfloat16, device=device, initial=True)
+    with configs.override("portable"):
+        chosen = configs.ssd_config(device, case.x.dtype, 2, 75, 4, 16, 16, None)
+    with configs.override(dataclasses.replace(chosen, chunk=16, segments=segments, scores=True)):
+        check(case, backend)
 
 
 def test_dt_may_be_negative_where_its_limits_say_so(backend: str, device: torch.device) -> None:

@@ -1,0 +1,68 @@
+"""C B^T of every chunk, once for all heads of a group, for a kernel that would multiply them in each block."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastmamba.kernels._dot import dot
+from fastmamba.kernels._launch import Launcher
+
+
+@triton.jit(do_not_specialize=["T", "chunks"])
+def _scores_kernel(
+    scores_ptr,
+    B_ptr,
+    C_ptr,
+    T,
+    chunks,
+    G,
+    stride_B_b,
+    stride_B_t,
+    stride_B_g,
+    stride_C_b,
+    stride_C_t,
+    stride_C_g,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+    BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    place = tl.program_id(0)
+    group = place // chunks
+    b = tl.cast(group // G, tl.int64)
+    g = group % G
+    q = tl.arange(0, Q)
+    n = tl.arange(0, BN)
+    t = place % chunks * Q + q
+    inside = (t < T)[:, None] & (n < N)[None, :]
+    t = t.to(tl.int64)[:, None]
+    B_at = B_ptr + b * stride_B_b + t * stride_B_t + g * stride_B_g + n[None, :]
+    C_at = C_ptr + b * stride_C_b + t * stride_C_t + g * stride_C_g + n[None, :]
+    B = tl.load(B_at, mask=inside, other=0.0)  # [s, N]
+    C = tl.load(C_at, mask=inside, other=0.0)  # [t, N]
+    at = scores_ptr + tl.cast(place, tl.int64) * (Q * Q) + q[:, None] * Q + q[None, :]
+    tl.store(at, dot(B, tl.trans(C), PRECISION))
+
+
+_launch = Launcher(_scores_kernel)
+
+
+def chunk_scores(B: Tensor, C: Tensor, chunk: int, block_n: int, precision: str) -> Tensor:
+    """B[s] . C[t] of all pairs of tokens of a chunk, (B, G, chunks, s, t) in float32; zero past the end.
+
+    Args:
+        B, C: (B, T, G, N), the last axis contiguous.
+        chunk: tokens of a chunk, a power of two.
+        block_n: N, rounded up to a power of two.
+        precision: `input_precision` of the product.
+    """
+    batch, tokens, groups, width = B.shape
+    chunks = -(-tokens // chunk)
+    out = B.new_empty((batch, groups, chunks, chunk, chunk), dtype=torch.float32)
+    numbers = (tokens, chunks, groups, *B.stride()[:3], *C.stride()[:3])
+    grid = (batch * groups * chunks, 1, 1)
+    _launch(grid, (out, B, C), numbers, (width, chunk, block_n, precision), num_warps=4)
+    return out

@@ -1,0 +1,87 @@
+"""The portable SSD kernel fits the registers and shared memory that its configurations count on; it takes no GPU."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.versions import LOWEST
+
+# In a process of its own: other tests turn Triton's interpreter on.
+_PROGRAM = """
+import sys
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fastmamba import configs
+from fastmamba.kernels import ssd_portable
+
+capability, heads, head_dim, width = map(int, sys.argv[1:])
+described = capability >= 90
+limit = {80: 163, 90: 227}[capability] * 1024
+configs._limits = lambda device: configs._Limits(132, limit, described)
+config = configs._portable(torch.device("cpu"), torch.bfloat16, 1, 16384, heads, head_dim, width, None)
+kernel = ssd_portable._ssd_kernel
+constants = {
+    "P": head_dim, "N": width, "Q": config.chunk, "BP": config.block_p, "BN": config.block_n, "R": config.rows,
+    "SOFTPLUS": True, "CLAMP": False, "STEPS": False, "D_PER_HEAD": True, "D_PER_CHANNEL": False, "STORE_FINAL": True,
+    "SPLIT": True, "RELAXED": False, "PRECISION": "tf32", "DESCRIBED": described, "STAGES": config.stages,
+    "LOG_A": True, "Y_SCALE": 1.0, "init_ptr": None, "z_ptr": None,
+}
+if not config.scores:
+    constants["scores_ptr"] = None
+tiles = {"x": config.block_p, "y": config.block_p, "B": config.block_n, "C": config.block_n}
+floats = ("final_ptr", "handed_ptr", "nums_ptr", "scores_ptr")
+signature, constexprs, attributes = {}, {}, {}
+for place, parameter in enumerate(kernel.params):
+    name = parameter.name
+    if name in constants:
+        signature[name], constexprs[place,] = "constexpr", constants[name]
+    elif name in tiles and described:
+        signature[name] = f"tensordesc<bf16[1, {config.chunk}, {tiles[name]}]>"
+    elif name in ("dt_min", "dt_max"):
+        signature[name] = "fp32"
+    else:
+        pointer = name in tiles or name.endswith("_ptr")
+        kind = "*i32" if name == "sync_ptr" else "*fp32" if name in floats else "*bf16"
+        signature[name] = kind if pointer else "i32"
+        if pointer or name == "lead" or name.startswith("stride"):
+            attributes[place,] = [["tt.divisibility", 16]]
+options = {"num_warps": config.warps, "num_stages": config.stages}
+if config.registers < configs.MOST_REGISTERS:
+    options["maxnreg"] = config.registers
+source = ASTSource(kernel, signature, constexprs, attributes)
+compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+blocks = 65536 // (config.registers // 8 * 8 * 32 * config.warps)  # that the registers leave room for
+print("blocks", blocks, "shared", compiled.metadata.shared)
+assert blocks * (compiled.metadata.shared + 1024) <= limit + 1024
+"""
+
+
+@pytest.mark.parametrize(
+    ("target", "blocks", "spilt"),
+    [
+        (("90", "80", "64", "128"), 3, 64),
+        (("90", "24", "128", "256"), 1, 512),
+        (("80", "24", "128", "256"), 1, 512),
+    ],
+    ids=["state of 128", "state of 256", "state of 256, no copy engine"],
+)
+def test_fits(target: tuple[str, ...], blocks: int, spilt: int, tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("triton")
+    if not LOWEST and blocks < 3:
+        pytest.skip("ten seconds: on the lowest Triton alone, beside the lowest transformers")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_DUMP_PTXAS_LOG": "1", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", _PROGRAM, *target], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert f"blocks {blocks} " in done.stdout
+    assert "serialized" not in done.stdout, done.stdout  # matrix products that are to run at the same time
+    (stores,) = re.findall(r"(\d+) bytes spill stores", done.stdout)
+    assert int(stores) <= spilt, done.stdout
