@@ -41,7 +41,10 @@ from fastmamba.kernels._ssd_hopper_roles import (
     _hand_over,
     _load,
     _numbers,
+    _packed,
+    _rounded,
     _store,
+    _unpacked,
     _weigh,
     decays_role,
     prefetch,
@@ -97,7 +100,7 @@ def _scores_role(
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     t = gl.arange(0, Q, gl.SliceLayout(1, mma))
     s = gl.arange(0, Q, gl.SliceLayout(0, mma))
-    causal = t[:, None] >= s[None, :]
+    causal = _packed(gl.where(t[:, None] >= s[None, :], -1, 0).to(gl.int16))
     if SPLIT:
         mbarrier.wait(walking, 0)
     stage = summed % STAGES
@@ -116,17 +119,16 @@ def _scores_role(
             products = warpgroup_mma(C, B.permute([1, 0]), products, use_acc=k > 0, is_async=True)
         mbarrier.wait(known.index(group), turn)
         mbarrier.wait(unscored.index(buffer), lap ^ 1)
-        scores = gl.where(causal, warpgroup_mma_wait(0, [products]), 0.0)  # [t, s]
+        scores = warpgroup_mma_wait(0, [products])  # [t, s]
         mbarrier.arrive(empty.index(stage), count=1)
         cum = _numbers(nums, 0, group, c, _CUM).load(gl.SliceLayout(1, mma))
         entry = _numbers(nums, 0, group, c, _ENTRY).load(gl.SliceLayout(0, mma))
-        # finite above the diagonal, where the scores are zero
-        decay = gl.exp2(gl.minimum(cum[:, None] - entry[None, :], 15.0 if RELAXED else 126.0))
+        decay = gl.exp2(cum[:, None] - entry[None, :])
         if RELAXED:
-            G = (scores + 0.0).to(dtype) * decay.to(dtype)  # as in scores_role
+            G = _packed((scores + 0.0).to(dtype) * decay.to(dtype))  # as in scores_role
         else:
-            G = (scores * decay).to(dtype)
-        Gs.index(buffer).store(G)
+            G = _rounded(scores * decay, dtype)
+        Gs.index(buffer).store(_unpacked(G & causal, dtype, mma))  # as in scores_role
         fence_async_shared()
         mbarrier.arrive(scored.index(buffer), count=1)
         stage, phase = _advance(stage, phase, STAGES)
