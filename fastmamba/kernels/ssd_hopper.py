@@ -24,7 +24,7 @@ segment, and keeps what it has summed up there for itself.
 Two slices of one head (channels 64 to a slice) share the decays and G, and the two decays warps the work.
 
 Every instruction of the scores role costs a chunk of two slices 2.3 clocks of its 2,460 (one head) or 2,910 (two) on an
-H200. Its product a chunk ahead, beside G, costs a tenth, though: it waits for the stage that the walkers still hold.
+H200. Its product a chunk ahead, beside G, made the kernel a tenth slower, though.
 """
 
 from __future__ import annotations
