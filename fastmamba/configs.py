@@ -312,7 +312,7 @@ class _Walk:
 
 _TWO = _Walk(chunk=32, stages=4, resident=2, step=1.47, start=5.6, handover=2.3)
 """With a copy engine: small chunks, many of them ahead."""
-_THREE = _Walk(chunk=32, stages=4, resident=3, step=1.88, start=7.0, registers=168, handover=1.6, alone=0.62)
+_THREE = _Walk(chunk=32, stages=4, resident=3, step=1.88, start=7.0, registers=168, handover=1.6, alone=0.65)
 """The same, as many blocks as 168 registers allow: where there is enough to share out."""
 _LONE = _Walk(chunk=64, stages=3, resident=1, step=1.84, start=3.8, handover=1.75)
 """With a copy engine, a block a multiprocessor: larger chunks."""
