@@ -7,6 +7,7 @@ import json
 import math
 import multiprocessing
 import os
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,22 @@ def rank(number, port, folder, arguments):
         lm_eval.main()
         sys.stdout.flush()
         os._exit(0)  # what the tests' own process wants to be done at its exit is not this one's
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_the_module_is_the_command(monkeypatch):
+    """`python -m fastmamba.lm_eval` is lm-eval's command line, and takes this model type unless another is named."""
+    found = []
+    monkeypatch.setattr("lm_eval.api.registry.register_model", lambda *names: lambda model: model)  # it is already
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: found.append(sys.argv[1:]))
+    for given, expected in (
+        (["run", "--tasks", "t"], ["run", "--tasks", "t", "--model", "fastmamba"]),
+        (["run", "--model=hf"], ["run", "--model=hf"]),
+        (["ls"], ["ls"]),
+    ):
+        monkeypatch.setattr(sys, "argv", ["lm_eval.py", *given])
+        runpy.run_module("fastmamba.lm_eval", run_name="__main__")
+        assert found.pop() == expected
 
 
 def test_command_line(monkeypatch, tmp_path):
