@@ -28,7 +28,7 @@ from triton.experimental import gluon  # noqa: E402
 from triton.experimental.gluon import language as gl  # noqa: E402
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier  # noqa: E402
 
-from fastmamba.kernels._ssd_hopper_roles import sync_threads  # noqa: E402
+from fastmamba.kernels._ssd_hopper_terms import sync_threads  # noqa: E402
 
 SIZE = gl.constexpr(256)
 ROUNDS = 16

@@ -24,24 +24,31 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-LOG2E = gl.constexpr(1.4426950408889634)
-Q = gl.constexpr(64)  # tokens of a chunk; also the channels of a slice
-
-_RENAMED = gl.constexpr(hasattr(gl, "barrier"))  # what Triton 3.6 still calls thread_barrier, and _reinterpret
-sync_threads = gl.barrier if _RENAMED.value else gl.thread_barrier
-_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
-
-# What a decays warp leaves for each head of a chunk: rows of 64 float32.
-_CUM = gl.constexpr(0)  # log2 of the decay since the chunk began, at token t
-_ENTRY = gl.constexpr(1)  # the same at token s, less log2 of dt: 2 ** (CUM[t] - ENTRY[s]) is what s contributes at t
-_SINCE = gl.constexpr(2)  # decay since the chunk began
-_LEFT = gl.constexpr(3)  # dt times the decay until the chunk ends, as two halves of the dtype of x: value and rest
-_TOTAL = gl.constexpr(4)  # decay over the chunk, the same in every column
-ROWS = gl.constexpr(5)
-GROUP = gl.constexpr(4)  # chunks that the decays warps work out at a time
-EARLY = gl.constexpr(3)  # how many chunks before it is loaded x is asked for, in the first pass
-SPAN = gl.constexpr(16)  # segments, of which the last one hands on a whole state, the others what they add to it
+from fastmamba.kernels._ssd_hopper_halves import (
+    _packed,
+    _product,
+    _rounded,
+    _split,
+    _sum_of_products,
+    _unpacked,
+    _widen,
+)
+from fastmamba.kernels._ssd_hopper_handover import _hand_over, _places
+from fastmamba.kernels._ssd_hopper_terms import (
+    _CUM,
+    _ENTRY,
+    _LEFT,
+    _SINCE,
+    _TOTAL,
+    EARLY,
+    GROUP,
+    LOG2E,
+    RENAMED,
+    ROWS,
+    Q,
+    _load,
+    _store,
+)
 
 
 @gluon.jit
@@ -56,35 +63,8 @@ def _log2(v):
 
 
 @gluon.jit
-def _split(v, dtype: gl.constexpr):
-    """A float32 as the sum of two numbers of half the width."""
-    value = v.to(dtype)
-    return value, (v - value.to(gl.float32)).to(dtype)
-
-
-@gluon.jit
-def _product(v, rest):
-    """Two numbers of half precision at a time, rounded."""
-    if v.dtype == gl.bfloat16:
-        code: gl.constexpr = "mul.rn.bf16x2 $0, $1, $2;"
-    else:
-        code: gl.constexpr = "mul.rn.f16x2 $0, $1, $2;"
-    return gl.inline_asm_elementwise(code, "=r,r,r", [v, rest], dtype=v.dtype, is_pure=True, pack=2)
-
-
-@gluon.jit
-def _sum_of_products(v, value, rest):
-    """v * value + rest, two at a time, rounded once: with `rest` from `_product` as if in float32 from start to end."""
-    if v.dtype == gl.bfloat16:
-        code: gl.constexpr = "fma.rn.bf16x2 $0, $1, $2, $3;"
-    else:
-        code: gl.constexpr = "fma.rn.f16x2 $0, $1, $2, $3;"
-    return gl.inline_asm_elementwise(code, "=r,r,r,r", [v, value, rest], dtype=v.dtype, is_pure=True, pack=2)
-
-
-@gluon.jit
 def _seen_as(memory, dtype: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr):
-    if _RENAMED:
+    if RENAMED:
         return memory.reinterpret(dtype, shape, layout)
     else:
         return memory._reinterpret(dtype, shape, layout)
@@ -100,41 +80,6 @@ def _softplus(v):
     for i in gl.static_range(7):
         p = p * q + 1.0 / (13 - 2 * i)
     return gl.maximum(v, 0.0) + 2.0 * s * p
-
-
-@gluon.jit
-def _await(flag_ptr, count):
-    """Wait until the `count` flags before this one are raised: what their writers wrote before is visible then."""
-    lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-    flags = flag_ptr - gl.minimum(lane + 1, count)
-    raised = 0
-    while raised == 0:
-        seen = gl.inline_asm_elementwise(
-            "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [flags], dtype=gl.int32, is_pure=False, pack=1
-        )
-        raised = gl.min(seen, axis=0)
-    sync_threads()
-
-
-@gluon.jit
-def _read(flag_ptr, count, seg, segments):
-    """Count a reader of what the `count` raised flags before this one, a segment's, stand for.
-
-    A flag is 0, then 1, then counts on: raised for whoever still waits, until the last reader of all that it has lets
-    it fall back.
-    """
-    before = gl.arange(0, 128, gl.BlockedLayout([1], [32], [gl.num_warps()], [0])) + 1
-    other = seg - before
-    place = other % SPAN
-    readers = gl.minimum(gl.where(place + 1 < SPAN, SPAN - 1 - place, SPAN), segments - 1 - other)
-    gl.inline_asm_elementwise(
-        "{.reg .pred p; setp.ne.b32 p, $3, 0; @p red.relaxed.gpu.global.inc.u32 [$1], $2; mov.b32 $0, 0;}",
-        "=r,l,r,r",
-        [flag_ptr - gl.minimum(before, count), readers, (before <= count).to(gl.int32)],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @gluon.jit
@@ -310,17 +255,6 @@ def _products(Bs, Cs, stage, N: gl.constexpr, mma: gl.constexpr):
 
 
 @gluon.jit
-def _rounded(v, dtype: gl.constexpr):
-    """A float32 [64, 64] in half precision, `_packed`."""
-    low, high = v.reshape([Q, Q // 2, 2]).split()
-    if dtype == gl.bfloat16:
-        code: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
-    else:
-        code: gl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;"
-    return gl.inline_asm_elementwise(code, "=r,r,r", [low, high], dtype=gl.int32, is_pure=True, pack=1)
-
-
-@gluon.jit
 def _by_register(v):
     """Of [64, 64] accumulators: the bits of row and column that a thread's registers tell apart, last."""
     return v.reshape([4, 2, 8, 2, 2, 2, 4, 2]).permute([0, 2, 6, 3, 4, 7, 5, 1])
@@ -460,33 +394,6 @@ def _fetch(k: gl.constexpr, xs, full, stage, phase, there, PAIR: gl.constexpr, l
 
 
 @gluon.jit
-def _packed(xT):
-    """Two neighbours of half precision as one int32, for a loop to carry: halves would take a register each."""
-    low, high = xT.reshape([Q, Q // 2, 2]).split()
-    low = low.to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF
-    return low | (high.to(gl.int16, bitcast=True).to(gl.int32) << 16)
-
-
-@gluon.jit
-def _unpacked(pairs, dtype: gl.constexpr, layout: gl.constexpr):
-    """x^T again."""
-    low = pairs.to(gl.int16).to(dtype, bitcast=True)
-    high = (pairs >> 16).to(gl.int16).to(dtype, bitcast=True)
-    return gl.convert_layout(gl.join(low, high).reshape([Q, Q]), layout, assert_trivial=True)
-
-
-@gluon.jit
-def _widen(xT):
-    """x^T in float32; two bfloat16 of a register are told apart by an instruction each."""
-    if xT.dtype == gl.bfloat16:
-        return gl.inline_asm_elementwise(
-            "{shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;}", "=r,=r,r", [xT], dtype=gl.float32, is_pure=True, pack=2
-        )
-    else:
-        return xT.to(gl.float32)
-
-
-@gluon.jit
 def _weigh(k: gl.constexpr, xT, nums, group, c):
     """x^T times its weights."""
     left, rest = _weights(nums, k, group, c, xT.dtype, gl.SliceLayout(0, xT.type.layout))
@@ -526,64 +433,6 @@ def _beside(head: gl.constexpr, xT, owns, D, nums, group, c, mma: gl.constexpr, 
     if PER_CHANNEL:
         own = own + D[:, None]
     return since, gl.convert_layout(_widen(xT), mma) * own
-
-
-@gluon.jit
-def _places(ptr, N: gl.constexpr, layout: gl.constexpr):
-    """Where a state's Q * N elements are kept: as the threads of a warp hold them, rows of the state lie apart.
-
-    A thread's places are one address and constants, by way of sums in this order.
-    """
-    p = gl.arange(0, Q, gl.SliceLayout(1, layout)).to(gl.int64)
-    n = gl.arange(0, N, gl.SliceLayout(0, layout)).to(gl.int64)
-    own = ptr + ((p % 8 * 8 + p // 16 * 64)[:, None] + (n % 8)[None, :])
-    places = own + ((p // 8 % 2 * 256)[:, None] + (n // 8 * 512)[None, :])
-    return gl.max_contiguous(gl.multiple_of(places, [8, 8]), [1, 8])
-
-
-@gluon.jit
-def _hand_over(
-    state, decay, at, init_ptr, handed_ptr, handed_row, passed_ptr, flag_ptr, state_row, seg, segments, N: gl.constexpr,
-):  # fmt: skip
-    """The state before a block's first pass, [P, N], given what that adds to it, which goes to the blocks after.
-
-    Each of those sums up what the ones before it add, back to one that hands on a whole state: every SPAN-th does. So a
-    segment waits for first passes, which all end at the same time, and for another's sum only once in SPAN segments.
-    `state` is what the first pass adds, `decay` [P] what it leaves of an earlier state.
-    """
-    element: gl.constexpr = handed_ptr.dtype.element_ty
-    layout: gl.constexpr = state.type.layout
-    row = handed_ptr + handed_row
-    mine = _places(row, N, layout)
-    place = seg % SPAN
-    hands = seg + 1 < segments
-    if hands:
-        gl.store(mine, state.to(element))
-        gl.store(passed_ptr + gl.zeros_like(decay).to(gl.int32), decay)  # the same in every row
-        if place + 1 < SPAN:
-            sync_threads()  # every thread's part is written before the flag rises
-            gl.atomic_xchg(flag_ptr, 1, sem="release")
-    before = gl.zeros((Q, N), gl.float32, layout)
-    since = 1.0  # decay from the end of a segment to the beginning of this one
-    count = gl.minimum(seg, place + 1)
-    if count > 0:
-        _await(flag_ptr, count)
-        _read(flag_ptr, count, seg, segments)
-    for j in range(1, count + 1):
-        if since != 0.0:  # of what has decayed to nothing, nothing need be read
-            # written by another multiprocessor a moment ago: not from the L1 cache
-            part = gl.load(_places(row - j * (Q * N), N, layout), cache_modifier=".cg").to(gl.float32)
-            passed = gl.load(passed_ptr - j, cache_modifier=".cg")
-            before += part * since
-            since *= passed
-    if init_ptr is not None:
-        if count == seg and place == seg:
-            before += gl.load(init_ptr + state_row + at).to(gl.float32) * since
-    if hands and place + 1 == SPAN:
-        gl.store(mine, (gl.load(mine).to(gl.float32) + before * decay[:, None]).to(element))
-        sync_threads()
-        gl.atomic_xchg(flag_ptr, 1, sem="release")
-    return before
 
 
 @gluon.jit

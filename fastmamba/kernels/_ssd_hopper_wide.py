@@ -28,7 +28,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fastmamba.kernels._ssd_hopper_roles import (
+from fastmamba.kernels._ssd_hopper_halves import _packed, _rounded, _unpacked
+from fastmamba.kernels._ssd_hopper_handover import _hand_over
+from fastmamba.kernels._ssd_hopper_roles import _advance, _numbers, _weigh, decays_role, prefetch
+from fastmamba.kernels._ssd_hopper_terms import (
     _CUM,
     _ENTRY,
     _SINCE,
@@ -37,17 +40,8 @@ from fastmamba.kernels._ssd_hopper_roles import (
     LOG2E,
     ROWS,
     Q,
-    _advance,
-    _hand_over,
     _load,
-    _numbers,
-    _packed,
-    _rounded,
     _store,
-    _unpacked,
-    _weigh,
-    decays_role,
-    prefetch,
     sync_threads,
 )
 

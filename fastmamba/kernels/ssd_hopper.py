@@ -41,18 +41,15 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from fastmamba.configs import SsdConfig
 from fastmamba.kernels._launch import Launcher
 from fastmamba.kernels._ssd_hopper_roles import (
-    GROUP,
-    ROWS,
-    Q,
     decays_role,
     load_chunk,
     load_role,
     prefetch,
     scores_role,
     store_role,
-    sync_threads,
     walk_role,
 )
+from fastmamba.kernels._ssd_hopper_terms import GROUP, ROWS, Q, sync_threads
 from fastmamba.kernels._ssd_hopper_wide import _SIZES, _STRIDES, HALF, wide_kernel
 from fastmamba.kernels._sync import zeros_left_as_found
 

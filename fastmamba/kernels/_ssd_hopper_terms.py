@@ -1,0 +1,25 @@
+"""What all of the Hopper SSD counts in, and names that Triton's versions differ in."""
+
+from __future__ import annotations
+
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import tma
+
+LOG2E = gl.constexpr(1.4426950408889634)
+Q = gl.constexpr(64)  # tokens of a chunk; also the channels of a slice
+
+RENAMED = gl.constexpr(hasattr(gl, "barrier"))  # what Triton 3.6 still calls thread_barrier, and _reinterpret
+sync_threads = gl.barrier if RENAMED.value else gl.thread_barrier
+_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+
+# What a decays warp leaves for each head of a chunk: rows of 64 float32.
+_CUM = gl.constexpr(0)  # log2 of the decay since the chunk began, at token t
+_ENTRY = gl.constexpr(1)  # the same at token s, less log2 of dt: 2 ** (CUM[t] - ENTRY[s]) is what s contributes at t
+_SINCE = gl.constexpr(2)  # decay since the chunk began
+_LEFT = gl.constexpr(3)  # dt times the decay until the chunk ends, as two halves of the dtype of x: value and rest
+_TOTAL = gl.constexpr(4)  # decay over the chunk, the same in every column
+ROWS = gl.constexpr(5)
+GROUP = gl.constexpr(4)  # chunks that the decays warps work out at a time
+EARLY = gl.constexpr(3)  # how many chunks before it is loaded x is asked for, in the first pass
+SPAN = gl.constexpr(16)  # segments, of which the last one hands on a whole state, the others what they add to it
