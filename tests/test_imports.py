@@ -27,12 +27,13 @@ NOT_IMPORTED = {
 # Room -> the rooms that it may import from.
 MAY_IMPORT = {
     "__init__": {"hf"},
-    "hf": {"hf", "mixer", "modules", "step", "ops"},
+    "hf": {"hf", "mixer", "modules", "memory", "step", "ops"},
     "mixer": {"modules", "step", "ops"},
     "modules": set(),
+    "memory": set(),
     "step": {"mixer", "modules", "ops"},  # of the mixer, types alone
     "ops": {"ops", "kernels", "reference", "configs"},
-    "kernels": {"kernels", "configs"},
+    "kernels": {"kernels", "configs", "memory"},
     "reference": {"reference"},
     "configs": {"tuned"},
     "tuned": set(),

@@ -10,6 +10,8 @@ import transformers
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
+from fastmamba.memory import new_empty
+
 SUPPORTED = ((5, 15), (5, 24))
 """Lowest supported (major, minor), and the first that is not."""
 
@@ -70,7 +72,7 @@ class CacheState:
             if layer.device is None:
                 layer.dtype, layer.device = projected.dtype, projected.device
             layer.conv_kernel_size[0] = self._width
-            state = layer.conv_states[0] = projected.new_empty(shape)
+            state = layer.conv_states[0] = new_empty(projected, shape)
             torch._dynamo.mark_static_address(state)
             layer.is_conv_states_initialized[0] = True
         else:

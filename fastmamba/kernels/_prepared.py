@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmamba.kernels import _launch
 from fastmamba.kernels._launch import hooked
+from fastmamba.memory import empty as _empty
 
 _aten = torch.ops.aten
 _ALLOCATIONS = (_aten.new_empty.default, _aten.empty.memory_format)
@@ -123,8 +124,8 @@ class Prepared:
     """A call that is repeated by allocating, collecting addresses and launching."""
 
     __slots__ = (
-        "_again", "_derived", "_described", "_index", "_launches", "_outputs", "_residues", "_scratch",
-        "_single", "_stream_of", "_current", "_sizes",
+        "_again", "_constants", "_current", "_derived", "_described", "_index", "_launches", "_outputs", "_residues",
+        "_scratch", "_single", "_sizes", "_stream_of",
     )  # fmt: skip
 
     def __init__(self, record: _Recorder, tensors: tuple[Tensor | None, ...], result: Any) -> None:
@@ -132,9 +133,10 @@ class Prepared:
         self._index = present[0].get_device()
         self._residues = [tensor.data_ptr() & 15 for tensor in present]
         self._single = isinstance(result, Tensor)
-        # Addresses are put side by side: None, that of an empty tensor, the inputs', the outputs', the scratch
-        # memory's, those of `again`, then those at a distance from one of these, then what descriptors become.
-        places: dict[Any, int] = {None: 0, "empty": 1}
+        # Everything is put side by side: None, the address of an empty tensor, the stream, addresses of the inputs, the
+        # outputs, the scratch memory, those of `again`, those at a distance from one of these, what descriptors become,
+        # and what is the same in every call. Each launch takes its arguments from there.
+        places: dict[Any, int] = {None: 0, "empty": 1, "stream": 2}
         for i, tensor in enumerate(tensors):
             if tensor is not None:
                 places["input", i] = len(places)
@@ -213,11 +215,19 @@ class Prepared:
             self._described.append((place, {}, _Encode(encode, template)))
             pick[at] = range(count, count + length)
             count += length
+        self._constants: list[Any] = []
         self._launches: list[tuple[Any, ...]] = []
+
+        def constant(values: Iterable[Any]) -> range:
+            start = count + len(self._constants)
+            self._constants += values
+            return range(start, count + len(self._constants))
+
         for pick, (found, grid, _, numbers, constants) in zip(picks, record.launches, strict=True):
             flat = [at for part in pick for at in (part if isinstance(part, range) else (part,))]
-            take = itemgetter(*flat) if len(flat) > 1 else _Alone(flat[0])
-            self._launches.append((found.call, grid, found.leading, take, (*numbers, *constants), found))
+            leading, rest = constant(found.leading), constant((*numbers, *constants))
+            take = itemgetter(*constant(grid), places["stream"], *leading, *flat, *rest)
+            self._launches.append((found.call, take, found))
         self._stream_of, self._current = found.stream_of, found.current
 
     def __call__(self, tensors: tuple[Tensor | None, ...]) -> Any:
@@ -229,17 +239,18 @@ class Prepared:
         addresses = [tensor.data_ptr() for tensor in tensors if tensor is not None]
         if hooked() or [address & 15 for address in addresses] != self._residues:
             return None
-        values: list[Any] = [None, 0, *addresses]
+        values: list[Any] = [None, 0, self._stream_of(index), *addresses]
         outputs: list[Any] = []
         for output in self._outputs:
             if type(output) is tuple:
-                made = _empty(output, index)
+                shape, strides, dtype = output
+                made = _empty(shape, strides, dtype, index)
                 values.append(made.data_ptr())
                 outputs.append(made)
             else:
                 outputs.append(tensors[output] if type(output) is int else output)
         if self._scratch:
-            memory = _empty(self._sizes, index)  # kept until all is launched
+            memory = _empty(*self._sizes, index)  # kept until all is launched
             start = memory.data_ptr()
             values += [start + offset for offset in self._scratch]
         held = [again() for again in self._again]
@@ -255,9 +266,9 @@ class Prepared:
                     known.clear()
                 argument = known[address] = encode(address)
             values += argument
-        stream = self._stream_of(index)
-        for call, grid, leading, take, rest, _ in self._launches:
-            call(*grid, stream, *leading, *take(values), *rest)
+        values += self._constants
+        for call, take, _ in self._launches:
+            call(*take(values))
         return outputs[0] if self._single else tuple(outputs)
 
 
@@ -288,24 +299,3 @@ class _At:
 
     def data_ptr(self) -> int:
         return self._address
-
-
-class _Alone:
-    """`itemgetter` of one place, that returns a tuple too."""
-
-    def __init__(self, place: int) -> None:
-        self._place = place
-
-    def __call__(self, values: list[Any]) -> tuple[Any]:
-        return (values[self._place],)
-
-
-def _find_empty() -> Callable[[tuple[Any, Any, Any], int], Tensor]:
-    """The cheapest way to allocate (shape, strides, dtype) on the current device."""
-    straight = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)  # what compiled code calls: no dispatch
-    if straight is None:
-        return lambda form, index: torch.empty_strided(*form[:2], dtype=form[2], device=f"cuda:{index}")
-    return lambda form, index: straight(*form)
-
-
-_empty = _find_empty()

@@ -14,6 +14,8 @@ _MOST = 1024
 """Forms that an op remembers; past that it starts anew."""
 _TRIES = 4
 """Calls of a form after which it is known that it cannot be prepared."""
+_NEAR = 4
+"""Forms of one kind of call that are tried before a call's form is written out."""
 
 _PLAIN = frozenset((Tensor, Parameter, type(None)))
 
@@ -44,17 +46,29 @@ class Repeats:
         self._also = also
         # form -> what repeats it; before that how many calls there were
         self._known: dict[Any, Any] = {}
+        # kind of call -> a guard for tensors and what repeats their form, of the last few forms that there were
+        self._near: dict[Any, tuple[tuple[Callable[..., bool], Any], ...]] = {}
 
     def again(self, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
         """What a call like those before it returns, or None where it has to go the long way."""
         if torch.compiler.is_compiling():
             return None
         try:
+            kind = (*map(type, tensors), *options, None if self._also is None else self._also())
+            near = self._near.get(kind, ())
+            if near:
+                present = [t for t in tensors if t is not None]
+                for guard, known in near:
+                    if guard(*present):
+                        return None if _needs_grad(tensors) else known(tensors)
             known = self._known.get(self._form(tensors, options)) if tensors[0].is_cuda else None
         except (AttributeError, TypeError, RuntimeError):  # no tensor, or nothing that can be hashed
             return None
         if known is None or type(known) is int or _needs_grad(tensors):
             return None
+        guard = _guard(tensors)
+        if guard is not None:
+            self._near[kind] = ((guard, known), *near[: _NEAR - 1])
         return known(tensors)
 
     def run(self, tensors: tuple[Any, ...], options: tuple[Any, ...], run: Callable[..., Any], *arguments: Any) -> Any:
@@ -70,6 +84,7 @@ class Repeats:
             return run(*arguments)
         if len(self._known) >= _MOST:
             self._known.clear()
+            self._near.clear()
         self._known[form] = known + 1
         if known == 0:
             return run(*arguments)
@@ -86,6 +101,21 @@ class Repeats:
             *options,
             None if self._also is None else self._also(),
         )
+
+
+def _guard(tensors: tuple[Any, ...]) -> Callable[..., bool] | None:
+    """What tells whether tensors are of the form of these; None where torch does not have it, or it refuses even these.
+
+    It compares types, shapes, strides, dtypes and devices in a quarter of the time that it takes to write them out. It
+    refuses a tensor that is given twice.
+    """
+    guards = getattr(torch._C._dynamo.guards, "TensorGuards", None)
+    if guards is None:
+        return None
+    present = [t for t in tensors if t is not None]
+    sizes, strides = [list(t.shape) for t in present], [list(t.stride()) for t in present]
+    guard = guards(*present, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    return guard if guard(*present) else None
 
 
 def _needs_grad(tensors: tuple[Any, ...]) -> bool:

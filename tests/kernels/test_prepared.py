@@ -27,7 +27,7 @@ def gpu(setting: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> type
     monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: 0)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(
-        _prepared, "_empty", lambda form, index: torch.empty_strided(form[0], form[1], dtype=form[2]).fill_(7)
+        _prepared, "_empty", lambda *form: torch.empty_strided(form[0], form[1], dtype=form[2]).fill_(7)
     )
     return setting
 
@@ -241,3 +241,51 @@ def test_what_cannot_be_prepared_is_not_tried_for_ever(
         assert repeats.again((made(), None), ()) is None
         repeats.run((made(), None), (), op, made(), None)
     assert op.calls == 20 and 1 <= len(tried) <= 5
+
+
+@pytest.mark.parametrize("guards", [True, False], ids=["guards", "no guards"])
+def test_calls_of_many_forms_in_turn(guards: bool, gpu: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than are tried one by one, some of one kind, and a tensor that becomes another."""
+    if not guards:
+        monkeypatch.setattr(torch._C._dynamo, "guards", types.SimpleNamespace())
+    op, repeats = Op(), Repeats()
+
+    def call(x: Tensor, w: Tensor | None) -> Any:
+        found = repeats.again((x, w), (1.0,))
+        return repeats.run((x, w), (1.0,), op, x, w) if found is None else found
+
+    weight = torch.nn.Parameter(made(3))
+    with torch.no_grad():
+        for turn in range(4):
+            for rows in range(1, 8):
+                for w in (None, weight):
+                    x = made(rows)
+                    y, _ = call(x, w)
+                    assert y.shape == (rows, 16, 1)
+                    if turn > 1:
+                        assert op.last[0][4] == x.data_ptr() + 32
+            assert op.calls == 14 * min(turn + 1, 2)
+        weight.data = made(5)
+        call(made(2), weight)
+        assert op.calls == 29
+        x = made(2)
+        x.t_()
+        with pytest.raises(RuntimeError):  # of the long way, which cannot split two columns
+            call(x, None)
+    assert op.calls == 30
+    call(made(2), torch.nn.Parameter(made(3)))  # needs gradients
+    assert op.calls == 31
+    with torch.inference_mode():
+        call(made(2), None)
+    assert op.calls == 31
+
+
+def test_a_tensor_given_twice_later(gpu: types.SimpleNamespace) -> None:
+    op, repeats, x = Op(), Repeats(), made()
+    for _ in range(3):
+        w = made()
+        if repeats.again((x, w), ()) is None:
+            repeats.run((x, w), (), op, x, w)
+    for _ in range(2):
+        assert repeats.again((x, x), ()) is not None
+        assert op.last[0][4:6] == (x.data_ptr() + 32, x.data_ptr())
