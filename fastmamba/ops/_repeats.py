@@ -109,13 +109,14 @@ def _guard(tensors: tuple[Any, ...]) -> Callable[..., bool] | None:
     It compares types, shapes, strides, dtypes and devices in a quarter of the time that it takes to write them out. It
     refuses a tensor that is given twice.
     """
-    guards = getattr(torch._C._dynamo.guards, "TensorGuards", None)
-    if guards is None:
-        return None
     present = [t for t in tensors if t is not None]
     sizes, strides = [list(t.shape) for t in present], [list(t.stride()) for t in present]
-    guard = guards(*present, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
-    return guard if guard(*present) else None
+    try:  # a private class, which another torch may lack or build otherwise
+        guards: Any = torch._C._dynamo.guards.TensorGuards
+        guard = guards(*present, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+        return guard if guard(*present) else None
+    except (AttributeError, TypeError, RuntimeError):
+        return None
 
 
 def _needs_grad(tensors: tuple[Any, ...]) -> bool:
