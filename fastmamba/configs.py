@@ -181,7 +181,7 @@ def _choose(
     variants = ssd_variants(device)
     if variant is not None and variant not in variants:
         raise ValueError(f"variant {variant!r} of the SSD cannot run on {device}, which has {', '.join(variants)}")
-    variants = _suited(variants, dtype, head_dim, state, chunk_size, regular)
+    variants = _suited(variants, dtype, head_dim, state, chunk_size, regular and batch <= _HOPPER_BATCH)
     if variant is not None and variant not in variants:
         raise ValueError(
             f"variant {variant!r} of the SSD does not cover this call, which {', '.join(variants)} can serve"
@@ -214,6 +214,8 @@ def _choose(
     return _portable(device, dtype, batch, tokens, heads, head_dim, state, chunk_size)
 
 
+_HOPPER_BATCH = 65535
+"""Sequences at most, of the Hopper variant: they are counted by a grid's third index."""
 _HOPPER_CHUNK = 64
 """Tokens of a chunk, and channels of a slice, of the Hopper variant."""
 

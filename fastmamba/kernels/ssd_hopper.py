@@ -55,17 +55,13 @@ from fastmamba.kernels._sync import zeros_left_as_found
 
 
 @gluon.jit
-def _ahead(seg, segments, chunks):
-    """How many chunks before its segment a block begins its first pass, so that all blocks have as much to sum up.
-
-    What the last segment adds to the state nobody needs. In groups of chunks, where there is one for each segment.
-    """
-    share = (2 * seg * chunks + GROUP * segments) // (2 * GROUP * segments) * GROUP
-    return gl.where(chunks < GROUP * segments, 0, share)
+def _ahead(seg, share):
+    """How many chunks before its segment a block begins its first pass: whole groups of them."""
+    return (seg.to(gl.float32) * share + 0.5).to(gl.int32) * GROUP
 
 
 # One binary for all sizes: a specialisation saves nothing here and costs seconds of compilation.
-@gluon.jit(do_not_specialize=[*_SIZES, *_STRIDES, "stride_x_b", "stride_x_t"])
+@gluon.jit(do_not_specialize=[*_SIZES, "parts", *_STRIDES, "stride_x_b", "stride_x_t"])
 def _kernel(
     dt_ptr,
     x_desc,
@@ -88,6 +84,9 @@ def _kernel(
     groups,
     segments,
     chunks_per_segment,
+    parts,  # segments of all slices of all sequences
+    part_of_group,  # that a block is of its group's, 1 / blocks_per_group
+    share,
     dt_min,
     dt_max,
     stride_dt_b,
@@ -112,18 +111,13 @@ def _kernel(
     PER_CHANNEL: gl.constexpr,  # D
 ):
     dtype: gl.constexpr = x_desc.dtype
-    if SPLIT:
-        ticket = gl.atomic_add(sync_ptr, 1, sem="relaxed")
-        if ticket + 1 == gl.num_programs(0):
-            gl.store(sync_ptr, 0)  # everybody has one: left as it was found
-    else:
-        ticket = gl.program_id(0)
-    blocks = groups * blocks_per_group
-    rest = ticket // blocks
-    seg = rest % segments
-    b = rest // segments
-    g = ticket % blocks // blocks_per_group
-    place = ticket % blocks_per_group * PAIR
+    # Multiprocessors get blocks in this order, the first index fastest: who waits for an earlier segment's block waits
+    # for one that has started. And no division of integers: all that a block loads waits for this.
+    block = gl.program_id(0)
+    seg = gl.program_id(1)
+    b = gl.program_id(2)
+    g = ((block.to(gl.float32) + 0.5) * part_of_group).to(gl.int32)
+    place = (block - g * blocks_per_group) * PAIR
     v = g * slices_per_group + place
     second = place + 1 < slices_per_group
 
@@ -132,8 +126,8 @@ def _kernel(
     total = (T + Q - 1) // Q
     last = seg + 1 == segments
     chunks = gl.where(last, total - first_chunk, chunks_per_segment)  # the last one takes what is left
-    ahead = _ahead(seg, segments, chunks_per_segment)
-    summed = ahead + gl.where(last, 0, chunks - _ahead(seg + 1, segments, chunks_per_segment))
+    ahead = _ahead(seg, share)
+    summed = ahead + gl.where(last, 0, chunks - _ahead(seg + 1, share))
     tokens = T - first
     head0 = v // SLICES
     v1 = gl.where(second, v + 1, v)
@@ -170,24 +164,29 @@ def _kernel(
     dt_at = dt_ptr + b.to(gl.int64) * stride_dt_b + first.to(gl.int64) * stride_dt_t
     dt0 = dt_at + head0 * stride_dt_h
     dt1 = dt_at + head1 * stride_dt_h
-    # What the first chunk waits for is on its way before anything else: dt, then x, B and C.
+    # What the first chunk waits for is on its way before anything else: dt and A, then x, B and C.
     early = gl.arange(0, GROUP * Q, gl.BlockedLayout([1], [32], [4], [0])) - ahead * Q
     early = gl.minimum(early, tokens - 1)
     prefetch(dt0 + early.to(gl.int64) * stride_dt_t)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
+    prefetch(A_ptr + head0)
+    if bias_ptr is not None:
+        prefetch(bias_ptr + head0)
+    mbarrier.init(full.index(0), count=1)
     fence_async_shared()
     sync_threads()
     load_chunk(x_desc, B_desc, C_desc, z_desc, xs, Bs, Cs, zs, full.index(0), 0, b, first, v, g, 0, ahead, summed, N,
                PAIR, GATED)  # fmt: skip
-    for i in gl.static_range(STAGES):
-        mbarrier.init(walked.index(i), count=PAIR)  # the walkers
     mbarrier.init(walking, count=PAIR)
-    for i in gl.static_range(2):
-        mbarrier.init(known.index(i), count=HEADS)  # the decays
-        mbarrier.init(unknown.index(i), count=PAIR)  # the walkers, or the scores for them
-        mbarrier.init(scored.index(i), count=1)
-        mbarrier.init(unready.index(i), count=1)
+    for i in gl.static_range(STAGES if STAGES > 2 else 2):  # one of a kind at a time: Triton puts a barrier between two
+        if i < STAGES:
+            if i > 0:
+                mbarrier.init(full.index(i), count=1)
+            mbarrier.init(walked.index(i), count=PAIR)  # the walkers
+        if i < 2:
+            mbarrier.init(known.index(i), count=HEADS)  # the decays
+            mbarrier.init(unknown.index(i), count=PAIR)  # the walkers, or the scores for them
+            mbarrier.init(scored.index(i), count=1)
+            mbarrier.init(unready.index(i), count=1)
     fence_async_shared()
     sync_threads()
 
@@ -197,12 +196,11 @@ def _kernel(
     handed_row = ((b.to(gl.int64) * slices + v) * segments + seg) * (Q * N)
     handed_row1 = ((b.to(gl.int64) * slices + v1) * segments + seg) * (Q * N)
     # behind what is handed over and what blocks keep for themselves: the decay over each first pass, float32
-    parts = gl.num_programs(0) // (blocks * segments) * slices * segments
     passed = (handed_ptr + parts.to(gl.int64) * (2 * Q * N)).to(gl.pointer_type(gl.float32), bitcast=True)
     passed += (b * slices + v) * segments + seg
     passed1 = passed + (v1 - v) * segments
-    flag = sync_ptr + 1 + (b * slices + v) * segments + seg
-    flag1 = sync_ptr + 1 + (b * slices + v1) * segments + seg
+    flag = sync_ptr + (b * slices + v) * segments + seg
+    flag1 = sync_ptr + (b * slices + v1) * segments + seg
     D0 = head0 * stride_D_h + v % SLICES * Q * stride_D_p
     D1 = head1 * stride_D_h + v1 % SLICES * Q * stride_D_p
 
@@ -286,6 +284,15 @@ def _stages(config: SsdConfig, width: int, gated: bool) -> int:
     return min(config.stages, 2 if width > 64 else 3 if config.block_slices == 2 else 4)
 
 
+def _share(segments: int, chunks: int) -> float:
+    """How many groups of chunks earlier, before its segment, a block's first pass begins than that of the one before.
+
+    So all blocks have as much to sum up, for what the last segment adds to the state nobody needs. Only where a segment
+    has a group for each.
+    """
+    return 0.0 if chunks < GROUP.value * segments else chunks / (GROUP.value * segments)
+
+
 def ssd(
     config: SsdConfig,
     x: Tensor,
@@ -352,6 +359,8 @@ def ssd(
         groups,
         segments,
         per_segment,
+    )
+    scalars = (
         dt_min,
         dt_max,
         *dt.stride(),
@@ -359,12 +368,16 @@ def ssd(
     )
     clamp = dt_min > 0.0 or dt_max != float("inf") or not dt_softplus
     form = (dt_softplus, clamp, z is not None, return_final_states, segments > 1, relaxed)
-    grid = (batch * groups * blocks_per_group * segments, 1, 1)
     if width > part:
-        _launch_wide(grid, tensors, numbers, (head_dim // 64, *form, log_A, y_scale), num_warps=config.warps)
+        grid = (batch * groups * blocks_per_group * segments, 1, 1)
+        _launch_wide(
+            grid, tensors, (*numbers, *scalars), (head_dim // 64, *form, log_A, y_scale), num_warps=config.warps
+        )
     else:
         stages = _stages(config, width, z is not None)
         per_channel = D is not None and D.ndim == 2
         constants = (width, head_dim // 64, config.block_slices, *form, stages, log_A, y_scale, per_channel)
-        _launch(grid, (*tensors, x), (*numbers, x.stride(0), x.stride(1)), constants, num_warps=config.warps)
+        grid = (groups * blocks_per_group, segments, batch)
+        numbers += batch * slices * segments, 1 / blocks_per_group, _share(segments, per_segment)
+        _launch(grid, (*tensors, x), (*numbers, *scalars, x.stride(0), x.stride(1)), constants, num_warps=config.warps)
     return y, final if return_final_states else new(0, dtype=torch.float32)
