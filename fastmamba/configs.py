@@ -258,9 +258,9 @@ class _Blocks:
 _NARROW = (_Blocks(slices=2, chunk=1.0), _Blocks(slices=1, chunk=0.6))
 """Up to 128 state channels. Fitted to 64 launches on an H200, of 8 to 128 heads and 1K to 128K tokens; of each shape's
 they pick the fastest, or one 1% slower."""
-_WIDE_STATE = (_Blocks(slices=1, chunk=1.0, summing=0.55, start=6.5, shares=False),)
-"""More of them. Fitted to launches on an H200, of 48 slices and 1K to 64K tokens, but for the costs of splitting: a
-block hands over as much as one of two slices of 128."""
+_WIDE_STATE = (_Blocks(slices=2, chunk=1.0, start=10.0),)
+"""More of them. Fitted to 15 launches on an H200, of 48 slices and 1K to 128K tokens; of each length's they pick the
+fastest, or one 2% slower."""
 
 
 def _hopper_split(rows: int, slices: int, chunks: int, multiprocessors: int, state: int) -> tuple[int, int]:

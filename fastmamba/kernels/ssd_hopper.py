@@ -12,7 +12,7 @@ sequence, and walks it in chunks of 64 tokens. Its warps have roles, tied togeth
                        y^T = S C^T and, beside it, S = S * decay + (x w)^T B, then y^T += x^T G^T + x^T * diagonal
     store     1 warp   sends y on its way to memory (TMA)
 
-A state of 256 does not fit: `fastmamba.kernels._ssd_hopper_wide` has two walkers share the state of one slice.
+For a state of 256 `fastmamba.kernels._ssd_hopper_wide` has other roles: there are no registers for scores.
 
 Everything is transposed (channels are the rows) so that the state and x are register operands of the products and
 never go through shared memory. Where batch x heads does not fill the GPU, the sequence is split into segments, and
@@ -40,6 +40,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fastmamba.configs import SsdConfig
 from fastmamba.kernels._launch import Launcher
+from fastmamba.kernels._scores import chunk_scores
 from fastmamba.kernels._ssd_hopper_roles import (
     decays_role,
     load_chunk,
@@ -50,7 +51,7 @@ from fastmamba.kernels._ssd_hopper_roles import (
     walk_role,
 )
 from fastmamba.kernels._ssd_hopper_terms import GROUP, ROWS, Q, sync_threads
-from fastmamba.kernels._ssd_hopper_wide import _SIZES, _STRIDES, HALF, wide_kernel
+from fastmamba.kernels._ssd_hopper_wide import _SIZES, _STRIDES, wide_kernel
 from fastmamba.kernels._sync import zeros_left_as_found
 
 
@@ -259,6 +260,7 @@ def _kernel(
 _launch = Launcher(_kernel, described=True)
 _launch_wide = Launcher(wide_kernel, described=True)
 _TILE = gl.NVMMASharedLayout(128, 16, rank=3)
+_FLOATS = gl.NVMMASharedLayout(128, 32, rank=3)
 
 
 def _descriptor(tensor: Tensor, channels: int, block: int) -> TensorDescriptor:
@@ -272,7 +274,7 @@ def _descriptor(tensor: Tensor, channels: int, block: int) -> TensorDescriptor:
     descriptor.shape = [tensor.shape[0], tensor.shape[1], channels]
     descriptor.strides = [tensor.stride(0), tensor.stride(1), 1]
     descriptor.block_shape = [1, 64, block]
-    descriptor.layout = _TILE
+    descriptor.layout = _TILE if tensor.itemsize == 2 else _FLOATS
     descriptor.padding = "zero"
     return descriptor
 
@@ -318,8 +320,8 @@ def ssd(
     groups, width = B.shape[2], B.shape[3]
     slices = heads * head_dim // 64
     slices_per_group = slices // groups
-    part = min(width, HALF.value)  # of a state: what a walker holds, and B and C come in
-    blocks_per_group = -(-slices_per_group // (config.block_slices if part == width else 1))
+    wide = width > 128
+    blocks_per_group = -(-slices_per_group // (2 if wide else config.block_slices))
     chunks = -(-tokens // config.chunk)
     segments = min(config.segments, chunks)
     # Equal ones, and equal parts of what the first pass sums up: all blocks wait until all are through with that.
@@ -331,16 +333,16 @@ def ssd(
     final = new((batch, heads, head_dim, width) if return_final_states else (1,), dtype=torch.float32)
     handed = sync = final  # not looked at unless the sequence is split
     if segments > 1:
-        walks = batch * slices * segments * (width // part)
-        states = 2 if width == part else 1  # that a walker hands on or keeps for later
-        handed = new(walks * (states * 64 * part + 4 // state_dtype.itemsize), dtype=state_dtype)
+        walks = batch * slices * segments
+        # a state that a walker hands on, and one that it keeps for later
+        handed = new(walks * (2 * 64 * width + 4 // state_dtype.itemsize), dtype=state_dtype)
         sync = zeros_left_as_found(1 + walks, x.device)
     channels = heads * head_dim
     tensors: tuple[Any, ...] = (
         dt,
         _descriptor(x, channels, 64),
-        _descriptor(B, groups * width, part),
-        _descriptor(C, groups * width, part),
+        _descriptor(B, groups * width, width),
+        _descriptor(C, groups * width, 64 if wide else width),
         None if z is None else _descriptor(z, channels, 64),
         _descriptor(y, channels, 64),
         A.contiguous(),
@@ -368,11 +370,12 @@ def ssd(
     )
     clamp = dt_min > 0.0 or dt_max != float("inf") or not dt_softplus
     form = (dt_softplus, clamp, z is not None, return_final_states, segments > 1, relaxed)
-    if width > part:
+    if wide:
+        scores = chunk_scores(C, B, config.chunk, width, config.precision).view(batch * groups, chunks * 64, 64)
+        tensors = (*tensors, _descriptor(scores, 64, 64))
         grid = (batch * groups * blocks_per_group * segments, 1, 1)
-        _launch_wide(
-            grid, tensors, (*numbers, *scalars), (head_dim // 64, *form, log_A, y_scale), num_warps=config.warps
-        )
+        constants: tuple[Any, ...] = (head_dim // 64, *form, log_A, y_scale)
+        _launch_wide(grid, tensors, (*numbers, *scalars), constants, num_warps=config.warps)
     else:
         stages = _stages(config, width, z is not None)
         per_channel = D is not None and D.ndim == 2

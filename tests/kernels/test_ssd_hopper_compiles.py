@@ -22,8 +22,9 @@ from fastmamba.kernels import _ssd_hopper_terms, ssd_hopper
 
 kernel = getattr(ssd_hopper, sys.argv[1])
 pair, split, gated, relaxed, slices = (int(value) for value in sys.argv[2])
-width, dtype, layout = 64 if sys.argv[1] == "_kernel" else 128, "bf16", repr(ssd_hopper._TILE)
-each = configs._NARROW[0] if pair else configs._NARROW[1]
+wide = sys.argv[1] == "wide_kernel"
+width, dtype, layout = 256 if wide else 64, "bf16", repr(ssd_hopper._TILE)
+each = configs._WIDE_STATE[0] if wide else configs._NARROW[0] if pair else configs._NARROW[1]
 assert each.slices == 1 + pair and each.span == _ssd_hopper_terms.SPAN.value
 config = configs.SsdConfig("hopper", 64, 1, 64 * each.slices, each.slices, width, 4, "tf32", 4, 4)  # as a table may say
 constants = {
@@ -39,8 +40,10 @@ for place, parameter in enumerate(kernel.params):
     name = parameter.name
     if name in constants:
         signature[name], constexprs[place,] = "constexpr", constants[name]
+    elif name == "scores_desc":
+        signature[name] = f"tensordesc<fp32[1, 64, 64],{ssd_hopper._FLOATS!r}>"
     elif name.endswith("_desc"):
-        channels = width if name[0] in "BC" else 64
+        channels = width if name[0] == "B" or name[0] == "C" and not wide else 64
         signature[name] = f"tensordesc<{dtype}[1, 64, {channels}],{layout}>"
     elif name.endswith("_ptr"):
         signature[name] = "*i32" if name == "sync_ptr" else "*fp32" if name in floats else "*" + dtype
@@ -58,7 +61,8 @@ _FORMS = {
     "one slice, gate": ("_kernel", "00101"),
     "two slices, segments, relaxed": ("_kernel", "11011"),
     "two slices of a head, gate": ("_kernel", "11102"),
-    "state of 256, segments, gate": ("wide_kernel", "01101"),
+    "state of 256, segments": ("wide_kernel", "11002"),
+    "state of 256, segments, two heads, gate": ("wide_kernel", "11101"),
 }
 _ON_BOTH = _FORMS["two slices, segments, relaxed"]
 
