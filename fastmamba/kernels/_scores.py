@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from fastmamba.kernels._dot import dot
 from fastmamba.kernels._launch import Launcher
@@ -29,7 +30,10 @@ def _scores_kernel(
     Q: tl.constexpr,
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP:
+        gdc_launch_dependents()
     place = tl.program_id(0)
     group = place // chunks
     b = tl.cast(group // G, tl.int64)
@@ -50,7 +54,7 @@ def _scores_kernel(
 _launch = Launcher(_scores_kernel)
 
 
-def chunk_scores(B: Tensor, C: Tensor, chunk: int, block_n: int, precision: str) -> Tensor:
+def chunk_scores(B: Tensor, C: Tensor, chunk: int, block_n: int, precision: str, overlap: bool = False) -> Tensor:
     """B[s] . C[t] of all pairs of tokens of a chunk, (B, G, chunks, s, t) in float32; zero past the end.
 
     Args:
@@ -58,11 +62,12 @@ def chunk_scores(B: Tensor, C: Tensor, chunk: int, block_n: int, precision: str)
         chunk: tokens of a chunk, a power of two.
         block_n: N, rounded up to a power of two.
         precision: `input_precision` of the product.
+        overlap: let the kernel after this one start at once, if it is launched to; it waits before it reads this one's.
     """
     batch, tokens, groups, width = B.shape
     chunks = -(-tokens // chunk)
     out = B.new_empty((batch, groups, chunks, chunk, chunk), dtype=torch.float32)
     numbers = (tokens, chunks, groups, *B.stride()[:3], *C.stride()[:3])
     grid = (batch * groups * chunks, 1, 1)
-    _launch(grid, (out, B, C), numbers, (width, chunk, block_n, precision), num_warps=4)
+    _launch(grid, (out, B, C), numbers, (width, chunk, block_n, precision, overlap), num_warps=4)
     return out

@@ -5,7 +5,13 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from fastmamba.kernels._ssd_hopper_terms import SPAN, Q, sync_threads
+from fastmamba.kernels._ssd_hopper_terms import GROUP, SPAN, Q, sync_threads
+
+
+@gluon.jit
+def _ahead(seg, share):
+    """How many chunks before its segment a block begins its first pass: whole groups of them."""
+    return (seg.to(gl.float32) * share + 0.5).to(gl.int32) * GROUP
 
 
 @gluon.jit

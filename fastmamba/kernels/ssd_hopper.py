@@ -41,6 +41,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from fastmamba.configs import SsdConfig
 from fastmamba.kernels._launch import Launcher
 from fastmamba.kernels._scores import chunk_scores
+from fastmamba.kernels._ssd_hopper_handover import _ahead
 from fastmamba.kernels._ssd_hopper_roles import (
     decays_role,
     load_chunk,
@@ -53,12 +54,6 @@ from fastmamba.kernels._ssd_hopper_roles import (
 from fastmamba.kernels._ssd_hopper_terms import GROUP, ROWS, Q, sync_threads
 from fastmamba.kernels._ssd_hopper_wide import _SIZES, _STRIDES, wide_kernel
 from fastmamba.kernels._sync import zeros_left_as_found
-
-
-@gluon.jit
-def _ahead(seg, share):
-    """How many chunks before its segment a block begins its first pass: whole groups of them."""
-    return (seg.to(gl.float32) * share + 0.5).to(gl.int32) * GROUP
 
 
 # One binary for all sizes: a specialisation saves nothing here and costs seconds of compilation.
@@ -370,17 +365,16 @@ def ssd(
     )
     clamp = dt_min > 0.0 or dt_max != float("inf") or not dt_softplus
     form = (dt_softplus, clamp, z is not None, return_final_states, segments > 1, relaxed)
+    grid = (groups * blocks_per_group, segments, batch)
+    numbers += batch * slices * segments, 1 / blocks_per_group, _share(segments, per_segment)
     if wide:
-        scores = chunk_scores(C, B, config.chunk, width, config.precision).view(batch * groups, chunks * 64, 64)
-        tensors = (*tensors, _descriptor(scores, 64, 64))
-        grid = (batch * groups * blocks_per_group * segments, 1, 1)
+        scores = chunk_scores(C, B, config.chunk, width, config.precision, overlap=True)
+        tensors = (*tensors, _descriptor(scores.view(batch * groups, chunks * 64, 64), 64, 64))
         constants: tuple[Any, ...] = (head_dim // 64, *form, log_A, y_scale)
-        _launch_wide(grid, tensors, (*numbers, *scalars), constants, num_warps=config.warps)
+        _launch_wide(grid, tensors, (*numbers, *scalars), constants, num_warps=config.warps, launch_pdl=True)
     else:
         stages = _stages(config, width, z is not None)
         per_channel = D is not None and D.ndim == 2
         constants = (width, head_dim // 64, config.block_slices, *form, stages, log_A, y_scale, per_channel)
-        grid = (groups * blocks_per_group, segments, batch)
-        numbers += batch * slices * segments, 1 / blocks_per_group, _share(segments, per_segment)
         _launch(grid, (*tensors, x), (*numbers, *scalars, x.stride(0), x.stride(1)), constants, num_warps=config.warps)
     return y, final if return_final_states else new(0, dtype=torch.float32)
