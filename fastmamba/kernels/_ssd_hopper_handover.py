@@ -65,12 +65,14 @@ def _places(ptr, N: gl.constexpr, layout: gl.constexpr):
 @gluon.jit
 def _hand_over(
     state, decay, at, init_ptr, handed_ptr, handed_row, passed_ptr, flag_ptr, state_row, seg, segments, N: gl.constexpr,
+    kept=None, decay_before=None, ahead=0,
 ):  # fmt: skip
-    """The state before a block's first pass, [P, N], given what that adds to it, which goes to the blocks after.
+    """The state before a block's segment, [P, N], given what its first pass adds, which goes to the blocks after.
 
     Each of those sums up what the ones before it add, back to one that hands on a whole state: every SPAN-th does. So a
     segment waits for first passes, which all end at the same time, and for another's sum only once in SPAN segments.
-    `state` is what the first pass adds, `decay` [P] what it leaves of an earlier state.
+    `state` is what the first pass adds, `decay` [P] what it leaves of an earlier state. Where that pass began `ahead`
+    chunks before the segment, `kept` is where what it had added until then is, `decay_before` [P] what it had left.
     """
     element: gl.constexpr = handed_ptr.dtype.element_ty
     layout: gl.constexpr = state.type.layout
@@ -84,7 +86,13 @@ def _hand_over(
         if place + 1 < SPAN:
             sync_threads()  # every thread's part is written before the flag rises
             gl.atomic_xchg(flag_ptr, 1, sem="release")
-    before = gl.zeros((Q, N), gl.float32, layout)
+    whole = hands & (place + 1 == SPAN)
+    if kept is not None:  # on its way while this block waits for others; for a whole state later
+        before = gl.load(_places(kept, N, layout), mask=(ahead > 0) & ~whole, other=0.0).to(gl.float32)
+        scale = gl.where(whole, 1.0, decay_before)
+    else:
+        before = gl.zeros((Q, N), gl.float32, layout)
+        scale = gl.full([Q], 1.0, gl.float32, gl.SliceLayout(1, layout))
     since = 1.0  # decay from the end of a segment to the beginning of this one
     count = gl.minimum(seg, place + 1)
     if count > 0:
@@ -95,13 +103,16 @@ def _hand_over(
             # written by another multiprocessor a moment ago: not from the L1 cache
             part = gl.load(_places(row - j * (Q * N), N, layout), cache_modifier=".cg").to(gl.float32)
             passed = gl.load(passed_ptr - j, cache_modifier=".cg")
-            before += part * since
+            before += part * (scale * since)[:, None]
             since *= passed
     if init_ptr is not None:
         if count == seg and place == seg:
-            before += gl.load(init_ptr + state_row + at).to(gl.float32) * since
-    if hands and place + 1 == SPAN:
+            before += gl.load(init_ptr + state_row + at).to(gl.float32) * (scale * since)[:, None]
+    if whole:
         gl.store(mine, (gl.load(mine).to(gl.float32) + before * decay[:, None]).to(element))
         sync_threads()
         gl.atomic_xchg(flag_ptr, 1, sem="release")
+        if kept is not None:
+            if ahead > 0:
+                before = before * decay_before[:, None] + gl.load(_places(kept, N, layout)).to(gl.float32)
     return before

@@ -7,6 +7,8 @@ The roles meet at mbarriers in shared memory, in pairs, one for each direction:
     scored, walked     G of a chunk, and what each token adds to its own output, are there
     walked, unready    y of a chunk is there; it is on its way to global memory
     walking            the walkers are through with the first pass (in which the scores and the store have no part)
+    begun              the barriers are initialised, by the scores
+    asked              dt of the first four chunks of a split sequence is there, loaded by the scores' warps
 
 A walker's arrival at a barrier costs it one of its own warps', and the walkers are what a block waits for: so they have
 one for a chunk, `walked`, which tells the loader, the scores and the store.
@@ -48,6 +50,7 @@ from fastmamba.kernels._ssd_hopper_terms import (
     Q,
     _load,
     _store,
+    sync_threads,
 )
 
 
@@ -98,6 +101,35 @@ def prefetch(ptr):
 
 
 @gluon.jit
+def load_bits(ptr):
+    """What is at these addresses, a register each, without any wait: halves would be packed in pairs at once."""
+    if ptr.dtype.element_ty == gl.float32:
+        code: gl.constexpr = "ld.global.u32 $0, [$1];"
+    else:
+        code: gl.constexpr = "ld.global.u16 $0, [$1];"
+    return gl.inline_asm_elementwise(code, "=r,l", [ptr], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _from_bits(bits, dtype: gl.constexpr):
+    """As float32."""
+    if dtype == gl.bfloat16:
+        return (bits << 16).to(gl.float32, bitcast=True)
+    elif dtype == gl.float16:
+        code: gl.constexpr = "{.reg .b16 h; cvt.u16.u32 h, $1; cvt.f32.f16 $0, h;}"
+        return gl.inline_asm_elementwise(code, "=r,r", [bits], dtype=gl.float32, is_pure=True, pack=1)
+    else:
+        return bits.to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def fence_inits(n):
+    """Let the copy engine see what mbarriers have been initialised. Other fences wait for loads that are under way."""
+    code: gl.constexpr = "{fence.mbarrier_init.release.cluster; mov.b32 $0, 0;}"
+    gl.inline_asm_elementwise(code, "=r,r", [n], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def load_chunk(
     x_desc, B_desc, C_desc, z_desc, xs, Bs, Cs, zs, bar, stage, b, first, v, g, i, ahead, summed,
     N: gl.constexpr, PAIR: gl.constexpr, GATED: gl.constexpr,
@@ -118,14 +150,15 @@ def load_chunk(
 
 @gluon.jit
 def load_role(
-    x_desc, B_desc, C_desc, z_desc, x_ptr, stride_x_t, tokens, second, xs, Bs, Cs, zs, full, walked, b, first, v, g,
-    ahead, summed, chunks,
+    begun, x_desc, B_desc, C_desc, z_desc, x_ptr, stride_x_t, tokens, second, xs, Bs, Cs, zs, full, walked, b, first, v,
+    g, ahead, summed, chunks,
     N: gl.constexpr, PAIR: gl.constexpr, GATED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     stage = 1  # the first chunk's has been started before there were roles
     phase = 0
     line = gl.arange(0, PAIR * Q, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     beside = line // Q * Q * second.to(gl.int32)
+    mbarrier.wait(begun, 0)
     for i in range(1, summed + chunks):
         if i + EARLY < summed:  # B is in the L2 cache mostly, where another slice's block has asked for it
             t = gl.minimum((i + EARLY - ahead) * Q + line % Q, tokens - 1)
@@ -134,6 +167,13 @@ def load_role(
         load_chunk(x_desc, B_desc, C_desc, z_desc, xs, Bs, Cs, zs, full.index(stage), stage, b, first, v, g, i, ahead,
                    summed, N, PAIR, GATED)  # fmt: skip
         stage, phase = _advance(stage, phase, STAGES)
+
+
+@gluon.jit
+def _of_group(dt_ptr, i, first_pass, ahead, q, tokens, stride_dt_t):
+    """Where dt of the i-th four chunks is, of both passes; past the end, the last token's."""
+    t = gl.where(i < first_pass, i * GROUP - ahead, (i - first_pass) * GROUP) * Q + q
+    return dt_ptr + gl.minimum(t, tokens - 1).to(gl.int64) * stride_dt_t
 
 
 @gluon.jit
@@ -160,6 +200,9 @@ def decays_role(
     LOG_A: gl.constexpr,
     HEADS: gl.constexpr,
     dtype: gl.constexpr,  # of x
+    begun,
+    dts,  # of the first four chunks of a split sequence, from the scores' warps
+    asked,
 ):
     # Two warps with one head between them take turns at the groups of chunks, and at the buffers.
     STEP: gl.constexpr = 2 if PAIR == 2 and HEADS == 1 else 1
@@ -177,8 +220,11 @@ def decays_role(
     q = chunk[:, None] * Q + gl.arange(0, Q, gl.SliceLayout(0, layout))[None, :]  # [GROUP, Q]
     first_pass = (summed + GROUP - 1) // GROUP
     # all loads before the first use of one
-    after = gl.where(FIRST < first_pass, FIRST * GROUP - ahead, (FIRST - first_pass) * GROUP) * Q + q
-    coming = gl.load(dt_ptr + after.to(gl.int64) * stride_dt_t, mask=after < tokens, other=0.0)
+    first = _of_group(dt_ptr, FIRST, first_pass, ahead, q, tokens, stride_dt_t)
+    if not SPLIT:
+        coming = gl.load(first)
+    elif FIRST > 0:
+        coming = load_bits(first)
     A = gl.load(A_ptr + head)
     bias = 0.0
     if bias_ptr is not None:
@@ -187,14 +233,19 @@ def decays_role(
     if LOG_A:
         A = -gl.exp(A)
     A *= LOG2E
+    mbarrier.wait(begun, 0)
+    if SPLIT and FIRST == 0:
+        mbarrier.wait(asked, 0)
+        coming = _seen_as(dts, gl.int32, [HEADS, GROUP, Q], rows).index(k).load(layout)
     buffer = FIRST
     phase = 0
     for i in range(FIRST, first_pass + (chunks + GROUP - 1) // GROUP, STEP):
         t = gl.where(i < first_pass, i * GROUP - ahead, (i - first_pass) * GROUP) * Q + q
-        dt = coming.to(gl.float32) + bias
-        n = i + STEP
-        after = gl.where(n < first_pass, n * GROUP - ahead, (n - first_pass) * GROUP) * Q + q
-        coming = gl.load(dt_ptr + after.to(gl.int64) * stride_dt_t, mask=after < tokens, other=0.0)
+        if SPLIT:
+            dt = _from_bits(coming, dt_ptr.dtype.element_ty) + bias
+        else:
+            dt = coming.to(gl.float32) + bias
+            coming = gl.load(_of_group(dt_ptr, i + STEP, first_pass, ahead, q, tokens, stride_dt_t))
         if SOFTPLUS:
             dt = _softplus(dt)
         if CLAMP:
@@ -206,8 +257,13 @@ def decays_role(
         if SPLIT:  # in the first pass the decays of later chunks of the four are part of the weights
             rest = last
             whole = last
+            everywhere: gl.constexpr = gl.SliceLayout(
+                1, gl.BlockedLayout([GROUP, 1], [1, 32], [1, gl.num_warps()], [1, 0])
+            )
+            lasts = gl.convert_layout(last, everywhere)
+            each = gl.arange(0, GROUP, everywhere)
             for j in gl.static_range(GROUP):
-                later = gl.sum(gl.where(chunk == j, last, 0.0), axis=0)
+                later = gl.sum(gl.where(each == j, lasts, 0.0), axis=0)
                 there = i * GROUP + j < summed
                 rest += gl.where((chunk < j) & there, later, 0.0)
                 whole += gl.where((chunk != j) & there, later, 0.0)
@@ -226,6 +282,9 @@ def decays_role(
         halves.index(2 * (row + _LEFT) + 1).store(rest)
         nums.index(row + _TOTAL).store(cum * 0.0 + gl.exp2(last))
         mbarrier.arrive(known.index(buffer), count=1)
+        if SPLIT:  # earlier, it would take registers of which there are none left, or hold up the first four chunks
+            coming = load_bits(_of_group(dt_ptr, i + STEP, first_pass, ahead, q, tokens, stride_dt_t))
+            prefetch(_of_group(dt_ptr, i + 2 * STEP, first_pass, ahead, q, tokens, stride_dt_t))
         if STEP == 2:
             phase ^= 1
         else:
@@ -300,6 +359,12 @@ def _diagonal(v, t, s):
 
 @gluon.jit
 def scores_role(
+    begun,
+    unready,
+    first_dt0,  # of the first four chunks, and of head 1
+    first_dt1,
+    dts,
+    asked,
     Bs,
     Cs,
     nums,
@@ -328,6 +393,26 @@ def scores_role(
     dtype: gl.constexpr = Bs.dtype
     N: gl.constexpr = Bs.shape[3]
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    # The other roles' first instructions and numbers are on their way meanwhile.
+    mbarrier.init(walking, count=PAIR)
+    for i in gl.static_range(STAGES if STAGES > 2 else 2):  # one of a kind at a time: Triton puts a barrier between two
+        if i < STAGES:
+            if i > 0:
+                mbarrier.init(full.index(i), count=1)
+            mbarrier.init(walked.index(i), count=PAIR)  # the walkers
+        if i < 2:
+            mbarrier.init(known.index(i), count=HEADS)  # the decays
+            mbarrier.init(unknown.index(i), count=PAIR)  # the walkers, or the scores for them
+            mbarrier.init(scored.index(i), count=1)
+            mbarrier.init(unready.index(i), count=1)
+    fence_inits(chunks)
+    sync_threads()
+    mbarrier.arrive(begun, count=1)
+    if SPLIT:
+        dts.index(0).store(first_dt0)
+        if HEADS == 2:
+            dts.index(1).store(first_dt1)
+        mbarrier.arrive(asked, count=1)
     t = gl.arange(0, Q, gl.SliceLayout(1, mma))
     s = gl.arange(0, Q, gl.SliceLayout(0, mma))
     earlier = _packed(gl.where(t[:, None] > s[None, :], -1, 0).to(gl.int16))
@@ -402,9 +487,10 @@ def _weigh(k: gl.constexpr, xT, nums, group, c):
 
 @gluon.jit
 def store_role(
-    y_desc, ys, walked, unready, walking, b, first, v, second, summed, chunks,
+    begun, y_desc, ys, walked, unready, walking, b, first, v, second, summed, chunks,
     PAIR: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
+    mbarrier.wait(begun, 0)
     if SPLIT:
         mbarrier.wait(walking, 0)
     place = 0
@@ -438,6 +524,7 @@ def _beside(head: gl.constexpr, xT, owns, D, nums, group, c, mma: gl.constexpr, 
 @gluon.jit
 def walk_role(
     k: gl.constexpr,
+    begun,
     D_ptr,
     D_at,
     init_ptr,
@@ -487,6 +574,7 @@ def walk_role(
     narrow: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     narrow_state: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
 
+    mbarrier.wait(begun, 0)
     p = gl.arange(0, Q, gl.SliceLayout(1, wide))
     n = gl.arange(0, N, gl.SliceLayout(0, wide))
     at = p[:, None] * N + n[None, :]
@@ -535,9 +623,7 @@ def walk_role(
         mbarrier.arrive(walking, count=1)
         if there:
             state = _hand_over(state, decay, at, init_ptr, handed_ptr, handed_row, passed_ptr, flag_ptr, state_row, seg,
-                               segments, N)  # fmt: skip
-            if ahead > 0:
-                state = state * before_segment[:, None] + gl.load(_places(kept, N, wide)).to(gl.float32)
+                               segments, N, kept, before_segment, ahead)  # fmt: skip
     elif init_ptr is not None:
         if there:
             state = gl.load(init_ptr + state_row + at).to(gl.float32)

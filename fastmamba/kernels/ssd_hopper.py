@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fastmamba.configs import SsdConfig
@@ -44,6 +44,8 @@ from fastmamba.kernels._scores import chunk_scores
 from fastmamba.kernels._ssd_hopper_handover import _ahead
 from fastmamba.kernels._ssd_hopper_roles import (
     decays_role,
+    fence_inits,
+    load_bits,
     load_chunk,
     load_role,
     prefetch,
@@ -149,6 +151,9 @@ def _kernel(
         own1 = gl.allocate_shared_memory(gl.float32, [2, Q], owns)
     ys = gl.allocate_shared_memory(dtype, [2, 1, Q, Q], tile)  # of both slices, or of two chunks
     nums = gl.allocate_shared_memory(gl.float32, [2 * HEADS * ROWS * GROUP, Q], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    dts = gl.allocate_shared_memory(gl.int32, [HEADS, GROUP * Q], owns)  # of the first four chunks
+    asked = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    begun = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     walked = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     known = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -160,31 +165,32 @@ def _kernel(
     dt_at = dt_ptr + b.to(gl.int64) * stride_dt_b + first.to(gl.int64) * stride_dt_t
     dt0 = dt_at + head0 * stride_dt_h
     dt1 = dt_at + head1 * stride_dt_h
-    # What the first chunk waits for is on its way before anything else: dt and A, then x, B and C.
+    # What the first chunk waits for is on its way before anything else: dt and A, then x, B and C. A split sequence's
+    # dt came too late from a prefetch, for whatever reason: the scores' warps, the only ones yet, load it.
     early = gl.arange(0, GROUP * Q, gl.BlockedLayout([1], [32], [4], [0])) - ahead * Q
-    early = gl.minimum(early, tokens - 1)
-    prefetch(dt0 + early.to(gl.int64) * stride_dt_t)
+    soon = gl.minimum(early + GROUP * Q, tokens - 1).to(gl.int64) * stride_dt_t
+    early = gl.minimum(early, tokens - 1).to(gl.int64) * stride_dt_t
+    first_dt0 = 0
+    first_dt1 = 0
+    if SPLIT:
+        first_dt0 = load_bits(dt0 + early)
+        if HEADS == 2:
+            first_dt1 = load_bits(dt1 + early)
+    else:
+        prefetch(dt0 + early)
     prefetch(A_ptr + head0)
     if bias_ptr is not None:
         prefetch(bias_ptr + head0)
     mbarrier.init(full.index(0), count=1)
-    fence_async_shared()
+    mbarrier.init(begun, count=1)
+    mbarrier.init(asked, count=1)
+    fence_inits(T)
     sync_threads()
     load_chunk(x_desc, B_desc, C_desc, z_desc, xs, Bs, Cs, zs, full.index(0), 0, b, first, v, g, 0, ahead, summed, N,
                PAIR, GATED)  # fmt: skip
-    mbarrier.init(walking, count=PAIR)
-    for i in gl.static_range(STAGES if STAGES > 2 else 2):  # one of a kind at a time: Triton puts a barrier between two
-        if i < STAGES:
-            if i > 0:
-                mbarrier.init(full.index(i), count=1)
-            mbarrier.init(walked.index(i), count=PAIR)  # the walkers
-        if i < 2:
-            mbarrier.init(known.index(i), count=HEADS)  # the decays
-            mbarrier.init(unknown.index(i), count=PAIR)  # the walkers, or the scores for them
-            mbarrier.init(scored.index(i), count=1)
-            mbarrier.init(unready.index(i), count=1)
-    fence_async_shared()
-    sync_threads()
+
+    if SPLIT:
+        prefetch(dt0 + soon)
 
     channels = slices * Q
     state_row = (b.to(gl.int64) * channels + v * Q) * N
@@ -204,26 +210,27 @@ def _kernel(
     if PAIR == 2:
         gl.warp_specialize(
             [
-                (scores_role, (Bs, Cs, nums, G0, G1, own0, own1, D_ptr, D0, D1, full, known, unknown, scored, walked,
-                               walking, summed, chunks, PAIR, RELAXED, SPLIT, STAGES, HEADS, PER_CHANNEL)),
-                (walk_role, (gl.constexpr(0), D_ptr, D0, init_ptr, final_ptr, handed_ptr, passed, flag, xs, Bs, Cs,
-                             zs, nums, G0, own0, ys, full, known, unknown, scored, walked, unready, walking,
-                             v >= 0, state_row, handed_row, parts, stride_D_p, seg, segments, ahead, summed, chunks,
-                             N, PAIR, GATED, STORE_FINAL, SPLIT, STAGES, Y_SCALE, HEADS, PER_CHANNEL)),
-                (walk_role, (gl.constexpr(1), D_ptr, D1, init_ptr, final_ptr, handed_ptr, passed1, flag1, xs, Bs, Cs,
-                             zs, nums, G1, own1, ys, full, known, unknown, scored, walked, unready, walking,
-                             second, state_row1, handed_row1, parts, stride_D_p, seg, segments, ahead, summed, chunks,
-                             N, PAIR, GATED, STORE_FINAL, SPLIT, STAGES, Y_SCALE, HEADS, PER_CHANNEL)),
-                (load_role, (x_desc, B_desc, C_desc, z_desc, x_at, stride_x_t, tokens, second, xs, Bs, Cs, zs, full,
-                             walked, b, first, v, g, ahead, summed, chunks, N, PAIR, GATED, STAGES)),
+                (scores_role, (begun, unready, first_dt0, first_dt1, dts, asked, Bs, Cs, nums, G0, G1, own0, own1,
+                               D_ptr, D0, D1, full, known, unknown, scored, walked, walking, summed, chunks, PAIR,
+                               RELAXED, SPLIT, STAGES, HEADS, PER_CHANNEL)),
+                (walk_role, (gl.constexpr(0), begun, D_ptr, D0, init_ptr, final_ptr, handed_ptr, passed, flag, xs, Bs,
+                             Cs, zs, nums, G0, own0, ys, full, known, unknown, scored, walked, unready, walking, v >= 0,
+                             state_row, handed_row, parts, stride_D_p, seg, segments, ahead, summed, chunks, N, PAIR,
+                             GATED, STORE_FINAL, SPLIT, STAGES, Y_SCALE, HEADS, PER_CHANNEL)),
+                (walk_role, (gl.constexpr(1), begun, D_ptr, D1, init_ptr, final_ptr, handed_ptr, passed1, flag1, xs, Bs,
+                             Cs, zs, nums, G1, own1, ys, full, known, unknown, scored, walked, unready, walking, second,
+                             state_row1, handed_row1, parts, stride_D_p, seg, segments, ahead, summed, chunks, N, PAIR,
+                             GATED, STORE_FINAL, SPLIT, STAGES, Y_SCALE, HEADS, PER_CHANNEL)),
+                (load_role, (begun, x_desc, B_desc, C_desc, z_desc, x_at, stride_x_t, tokens, second, xs, Bs, Cs, zs,
+                             full, walked, b, first, v, g, ahead, summed, chunks, N, PAIR, GATED, STAGES)),
                 (decays_role, (gl.constexpr(0), dt0, A_ptr, bias_ptr, head0, nums, known, unknown, stride_dt_t, dt_min,
-                               dt_max, tokens, ahead, summed, chunks, SOFTPLUS, CLAMP, PAIR, SPLIT, LOG_A, HEADS,
-                               dtype)),
+                               dt_max, tokens, ahead, summed, chunks, SOFTPLUS, CLAMP, PAIR, SPLIT, LOG_A, HEADS, dtype,
+                               begun, dts, asked)),
                 (decays_role, (gl.constexpr(1), dt1, A_ptr, bias_ptr, head1, nums, known, unknown, stride_dt_t, dt_min,
-                               dt_max, tokens, ahead, summed, chunks, SOFTPLUS, CLAMP, PAIR, SPLIT, LOG_A, HEADS,
-                               dtype)),
-                (store_role, (y_desc, ys, walked, unready, walking, b, first, v, second, summed, chunks, PAIR, SPLIT,
-                              STAGES)),
+                               dt_max, tokens, ahead, summed, chunks, SOFTPLUS, CLAMP, PAIR, SPLIT, LOG_A, HEADS, dtype,
+                               begun, dts, asked)),
+                (store_role, (begun, y_desc, ys, walked, unready, walking, b, first, v, second, summed, chunks, PAIR,
+                              SPLIT, STAGES)),
             ],
             [4, 4, 1, 1, 1, 1],
             # Nobody spills in a loop: shared memory leaves the L1 cache next to nothing, and all wait for who does.
@@ -232,19 +239,20 @@ def _kernel(
     else:
         gl.warp_specialize(
             [
-                (scores_role, (Bs, Cs, nums, G0, G1, own0, own1, D_ptr, D0, D1, full, known, unknown, scored, walked,
-                               walking, summed, chunks, PAIR, RELAXED, SPLIT, STAGES, HEADS, PER_CHANNEL)),
-                (walk_role, (gl.constexpr(0), D_ptr, D0, init_ptr, final_ptr, handed_ptr, passed, flag, xs, Bs, Cs,
-                             zs, nums, G0, own0, ys, full, known, unknown, scored, walked, unready, walking,
-                             v >= 0, state_row, handed_row, parts, stride_D_p, seg, segments, ahead, summed, chunks,
-                             N, PAIR, GATED, STORE_FINAL, SPLIT, STAGES, Y_SCALE, HEADS, PER_CHANNEL)),
+                (scores_role, (begun, unready, first_dt0, first_dt1, dts, asked, Bs, Cs, nums, G0, G1, own0, own1,
+                               D_ptr, D0, D1, full, known, unknown, scored, walked, walking, summed, chunks, PAIR,
+                               RELAXED, SPLIT, STAGES, HEADS, PER_CHANNEL)),
+                (walk_role, (gl.constexpr(0), begun, D_ptr, D0, init_ptr, final_ptr, handed_ptr, passed, flag, xs, Bs,
+                             Cs, zs, nums, G0, own0, ys, full, known, unknown, scored, walked, unready, walking, v >= 0,
+                             state_row, handed_row, parts, stride_D_p, seg, segments, ahead, summed, chunks, N, PAIR,
+                             GATED, STORE_FINAL, SPLIT, STAGES, Y_SCALE, HEADS, PER_CHANNEL)),
                 (decays_role, (gl.constexpr(0), dt0, A_ptr, bias_ptr, head0, nums, known, unknown, stride_dt_t, dt_min,
-                               dt_max, tokens, ahead, summed, chunks, SOFTPLUS, CLAMP, PAIR, SPLIT, LOG_A, HEADS,
-                               dtype)),
-                (load_role, (x_desc, B_desc, C_desc, z_desc, x_at, stride_x_t, tokens, second, xs, Bs, Cs, zs, full,
-                             walked, b, first, v, g, ahead, summed, chunks, N, PAIR, GATED, STAGES)),
-                (store_role, (y_desc, ys, walked, unready, walking, b, first, v, second, summed, chunks, PAIR, SPLIT,
-                              STAGES)),
+                               dt_max, tokens, ahead, summed, chunks, SOFTPLUS, CLAMP, PAIR, SPLIT, LOG_A, HEADS, dtype,
+                               begun, dts, asked)),
+                (load_role, (begun, x_desc, B_desc, C_desc, z_desc, x_at, stride_x_t, tokens, second, xs, Bs, Cs, zs,
+                             full, walked, b, first, v, g, ahead, summed, chunks, N, PAIR, GATED, STAGES)),
+                (store_role, (begun, y_desc, ys, walked, unready, walking, b, first, v, second, summed, chunks, PAIR,
+                              SPLIT, STAGES)),
             ],
             [4, 4, 1, 1],
             [248, 64, 40, 40],
