@@ -297,7 +297,7 @@ class _Walk:
     summing: float = 0.35
     """A chunk's first pass, of its second."""
     handover: float = 0.5
-    """What a segment waits for the state of the one before it, while that is being worked out, in chunks."""
+    """What each segment adds to all: a piece of state to look back to, and one more to wait for; in chunks."""
     alone: float = 0.7
     """What a wave of one block a multiprocessor takes, of a full one; between them it grows with the blocks."""
 
@@ -312,15 +312,15 @@ class _Walk:
         return self.step * ((waves + last) * (walk + self.start) + (min(segments, slots) - 1) * self.handover)
 
 
-_TWO = _Walk(chunk=32, stages=4, resident=2, step=1.47, start=5.6, handover=2.3)
+_TWO = _Walk(chunk=32, stages=4, resident=2, step=1.47, start=8.7, handover=0.5, alone=0.8)
 """With a copy engine: small chunks, many of them ahead."""
-_THREE = _Walk(chunk=32, stages=4, resident=3, step=1.88, start=7.0, registers=168, handover=1.6, alone=0.65)
+_THREE = _Walk(chunk=32, stages=4, resident=3, step=1.86, start=8.5, registers=168, handover=0.9, alone=0.65)
 """The same, as many blocks as 168 registers allow: where there is enough to share out."""
-_LONE = _Walk(chunk=64, stages=3, resident=1, step=1.84, start=3.8, handover=1.75)
+_LONE = _Walk(chunk=64, stages=3, resident=1, step=1.84, start=3.1, handover=1.75)
 """With a copy engine, a block a multiprocessor: larger chunks."""
-_TALL = _Walk(chunk=32, stages=4, resident=2, step=2.2, start=15.0, channels=128, held=4096, handover=1.0)
+_TALL = _Walk(chunk=32, stages=4, resident=2, step=2.2, start=15.0, channels=128, held=4096)
 """With a copy engine, heads of more than 64 channels: B and C are read and multiplied once for 128 of them."""
-_WIDE = _Walk(chunk=32, stages=3, resident=2, step=2.0, start=11.0, held=4096, summing=0.4, handover=1.75)
+_WIDE = _Walk(chunk=32, stages=3, resident=2, step=2.0, start=11.0, held=4096, summing=0.4, handover=1.0)
 """With a copy engine, more than 128 state channels."""
 _WIDE_TALL = _Walk(
     chunk=32,
@@ -331,8 +331,7 @@ _WIDE_TALL = _Walk(
     channels=128,
     held=4096,
     scores=True,
-    summing=0.4,
-    handover=2.3,
+    handover=1.5,
 )
 """The same for heads of more than 64 channels: eight warps in step, which would wait for C B^T."""
 _PLAIN = _Walk(chunk=32, stages=2, resident=2, step=1.0, start=5.6, handover=3.1)

@@ -2,8 +2,8 @@
 
 A block owns one (batch row, head, slice of P) over one segment of the sequence, and keeps the state in registers in
 float32 while it walks the segment chunk by chunk. Where batch x heads does not fill the GPU, the sequence is split into
-several segments. Then a block first sums up what its own segment adds to the state (a short pass over x and B), waits
-for the state that the segment before hands over, hands its own on, and only then walks the segment for the output.
+several segments. Then a block first sums up what its own segment adds to the state (a short pass over x and B), tells
+the segments after, waits until the ones before have done the same, and only then walks the segment for the output.
 
 Everything is transposed: channels are the rows, so that the state and x are the left operands of the products, which
 tensor cores can take from registers. x, B, C and y go through tensor descriptors where the GPU has a copy engine for
@@ -34,6 +34,9 @@ from fastmamba.kernels._launch import Launcher, unit_stride
 from fastmamba.kernels._scores import chunk_scores
 from fastmamba.kernels._sync import zeros_left_as_found
 
+SPAN = tl.constexpr(16)
+"""Segments that one looks back to at most."""
+
 
 @triton.jit
 def _tile(
@@ -62,13 +65,15 @@ def _weigh(xT, weight):
 
 
 # One binary for all sizes: a specialisation saves nothing here and costs seconds of compilation.
-@triton.jit(do_not_specialize=["T", "segments", "chunks_per_segment"])
+@triton.jit(do_not_specialize=["T", "segments", "chunks_per_segment", "sum_steps"])
 def _ssd_kernel(
     dt_ptr,
     x,
     B,
     C,
     y,
+    x_sum,  # as x and B, in tiles of QS tokens
+    B_sum,
     A_ptr,
     D_ptr,
     z_ptr,
@@ -77,6 +82,7 @@ def _ssd_kernel(
     init_ptr,
     final_ptr,
     handed_ptr,
+    passed_ptr,
     nums_ptr,
     sync_ptr,
     lead,  # elements between rows of nums
@@ -85,6 +91,7 @@ def _ssd_kernel(
     G,
     segments,
     chunks_per_segment,
+    sum_steps,
     dt_min,
     dt_max,
     stride_x_b,
@@ -105,6 +112,7 @@ def _ssd_kernel(
     P: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
+    QS: tl.constexpr,
     BP: tl.constexpr,
     BN: tl.constexpr,
     R: tl.constexpr,
@@ -119,6 +127,7 @@ def _ssd_kernel(
     PRECISION: tl.constexpr,
     DESCRIBED: tl.constexpr,
     STAGES: tl.constexpr,
+    STEP_STAGES: tl.constexpr,
     LOG_A: tl.constexpr,
     Y_SCALE: tl.constexpr,
 ):
@@ -144,6 +153,8 @@ def _ssd_kernel(
     first = seg * (chunks_per_segment * Q)  # the segment's first token
     chunks = tl.minimum(chunks_per_segment, (T + Q - 1) // Q - seg * chunks_per_segment)
     tokens = T - first
+    # Or LLVM has zeros of the first pass's sum on a path of their own, and ptxas serialises every wgmma of the kernel.
+    tl.assume(sum_steps > 0)
 
     p = part * BP + tl.arange(0, BP)
     n = tl.arange(0, BN)
@@ -193,40 +204,51 @@ def _ssd_kernel(
     state_at = (tl.cast(b, tl.int64) * H + h) * P * N + p[:, None] * N + n[None, :]
     has_state = has_p[:, None] & (n < N)[None, :]
 
-    # -- the state before the segment
+    # -- The state before the segment: the sum of what each segment before it adds, back to one that hands on a whole
+    # state, as every SPAN-th does. So a segment waits for first passes, which all end at the same time, and for
+    # another's sum only once in SPAN segments.
     if SPLIT:
-        flag = sync_ptr + 1 + walk * segments + seg
-        handed = handed_ptr + ((tl.cast(b, tl.int64) * H + h) * segments + seg) * (P * N) + p[:, None] * N + n[None, :]
-        # Loaded twice where it is handed on: beside what a segment adds, a state of 256 would not fit the registers.
-        before = handed - P * N
-        own = tl.zeros((BP, BN), dtype=tl.float32)
+        row = (tl.cast(b, tl.int64) * H + h) * segments + seg
+        handed = handed_ptr + row * (P * N) + p[:, None] * N + n[None, :]
+        passed = passed_ptr + walk * segments + seg
+        flag = sync_ptr + 1 + walk * segments + seg  # counts the segments before that have told this one
+        turn = seg % SPAN
+        ready = flag + 1 + tl.arange(0, SPAN)
         if seg + 1 < segments:  # what this segment alone adds to the state
-            for c in tl.range(0, chunks, num_stages=STAGES):
-                t = first + c * Q
-                weight = tl.load(nums_ptr + SUMMED * lead + c * Q + q)
-                xT = tl.trans(_tile(x, b, t, x_column, stride_x_b, stride_x_t, T, width_x, Q, BP, DESCRIBED))
-                Bc = _tile(B, b, t, B_column, stride_B_b, stride_B_t, T, N, Q, BN, DESCRIBED)  # [Q, N]
+            own = tl.zeros((BP, BN), dtype=tl.float32)
+            for i in tl.range(0, sum_steps, num_stages=STEP_STAGES):
+                t = first + i * QS
+                weight = tl.load(nums_ptr + SUMMED * lead + i * QS + tl.arange(0, QS))
+                xT = tl.trans(_tile(x_sum, b, t, x_column, stride_x_b, stride_x_t, T, width_x, QS, BP, DESCRIBED))
+                Bc = _tile(B_sum, b, t, B_column, stride_B_b, stride_B_t, T, N, QS, BN, DESCRIBED)  # [QS, N]
                 own += dot(_weigh(xT, weight), Bc, PRECISION)
-        if seg > 0:
-            arrived = tl.atomic_add(flag - 1, 0, sem="acquire")
-            while arrived == 0:
-                arrived = tl.atomic_add(flag - 1, 0, sem="acquire")
-            tl.debug_barrier()
-            tl.store(flag - 1, 0)  # the flags are left as they were found
-        if seg + 1 < segments:
-            whole = power_of_2(decay, COMPENSATED)
-            # written by another multiprocessor a moment ago: not from the L1 cache
-            if seg > 0:
-                own += tl.load(before, mask=has_state, other=0.0, cache_modifier=".cg").to(tl.float32) * whole
-            elif init_ptr is not None:
-                own += tl.load(init_ptr + state_at, mask=has_state, other=0.0).to(tl.float32) * whole
             tl.store(handed, own.to(handed_ptr.dtype.element_ty), mask=has_state)
-            tl.debug_barrier()  # every thread's part is written before the flag rises
-            tl.atomic_xchg(flag, 1, sem="release")
-        if seg > 0:
-            state = tl.load(before, mask=has_state, other=0.0, cache_modifier=".cg").to(tl.float32)
-        elif init_ptr is not None:
-            state = tl.load(init_ptr + state_at, mask=has_state, other=0.0).to(tl.float32)
+            tl.store(passed, power_of_2(decay, COMPENSATED))
+            if turn + 1 < SPAN:
+                tl.debug_barrier()  # every thread's part is written before the others are told
+                told = tl.arange(0, SPAN) < tl.minimum(SPAN - 1 - turn, segments - 1 - seg)
+                tl.atomic_add(ready, 1, mask=told, sem="release")
+        count = tl.minimum(seg, turn + 1)
+        if count > 0:
+            arrived = tl.atomic_add(flag, 0, sem="acquire")
+            while arrived < count:
+                arrived = tl.atomic_add(flag, 0, sem="acquire")
+            tl.debug_barrier()
+            tl.store(flag, 0)  # left as it was found
+        left = 1.0  # decay from the end of a segment to the beginning of this one
+        for other in range(1, count + 1):
+            # written by another multiprocessor a moment ago: not from the L1 cache
+            piece = tl.load(handed - other * (P * N), mask=has_state, other=0.0, cache_modifier=".cg")
+            state += piece.to(tl.float32) * left
+            left *= tl.load(passed - other, cache_modifier=".cg")
+        if init_ptr is not None:
+            if seg < SPAN:
+                state += tl.load(init_ptr + state_at, mask=has_state, other=0.0).to(tl.float32) * left
+        if (seg + 1 < segments) & (turn + 1 == SPAN):
+            whole = tl.load(handed, mask=has_state, other=0.0).to(tl.float32) + state * power_of_2(decay, COMPENSATED)
+            tl.store(handed, whole.to(handed_ptr.dtype.element_ty), mask=has_state)
+            tl.debug_barrier()
+            tl.atomic_add(ready, 1, mask=tl.arange(0, SPAN) < segments - 1 - seg, sem="release")
     elif init_ptr is not None:
         state = tl.load(init_ptr + state_at, mask=has_state, other=0.0).to(tl.float32)
 
@@ -364,35 +386,48 @@ def ssd(
     x, B, C = unit_stride(x), unit_stride(B), unit_stride(C)
     z = None if z is None else unit_stride(z)
 
+    new = x.new_empty
+    y = new((batch, tokens, heads, head_dim))
+    final = new((batch, heads, head_dim, width) if return_final_states else (0,), dtype=torch.float32)
+    compensated = x.dtype == torch.float32
+    tiles: tuple[Any, ...] = (x, B, C, y)
+    blocks = (config.block_p, config.block_n, config.block_n, config.block_p)
+    described = copy_engine(x.device) and all(map(_describable, tiles, blocks))
+
     chunk = config.chunk
     chunks = -(-tokens // chunk)
     per_segment = -(-chunks // config.segments)
+    # The first pass takes two short chunks at a time, where enough are still loaded ahead to hide the memory's latency.
+    step, stages = chunk, config.stages
+    if config.segments > 1 and described and chunk <= 32 and config.stages > 3 and not compensated:
+        step, stages = 2 * chunk, config.stages - 1
+        per_segment += per_segment % 2
     segments = -(-chunks // per_segment)
     slices = -(-head_dim // config.block_p)
     walks = batch * heads * slices
     lead = walks * segments * per_segment * chunk
 
-    new = x.new_empty
-    y = new((batch, tokens, heads, head_dim))
-    final = new((batch, heads, head_dim, width) if return_final_states else (0,), dtype=torch.float32)
-    handed = sync = final  # not looked at unless the sequence is split
+    handed = passed = sync = final  # not looked at unless the sequence is split
     if segments > 1:
         handed = new(batch * heads * segments * head_dim * width, dtype=state_dtype)
+        passed = new(walks * segments, dtype=torch.float32)
         sync = zeros_left_as_found(1 + walks * segments, x.device)
-    compensated = x.dtype == torch.float32
     nums = new((5 if compensated else 4 if segments > 1 else 3) * lead, dtype=torch.float32)
     strides = (*x.stride()[:3], *dt.stride(), *B.stride()[:3], *C.stride()[:3])
-    tiles: tuple[Any, ...] = (x, B, C, y)
-    blocks = (config.block_p, config.block_n, config.block_n, config.block_p)
-    described = copy_engine(x.device) and all(map(_describable, tiles, blocks))
+    steps = tiles[:2]
     if described:
         tiles = tuple(_descriptor(tensor, chunk, block) for tensor, block in zip(tiles, blocks, strict=True))
+        if step > chunk:
+            steps = tuple(_descriptor(tensor, step, block) for tensor, block in zip(steps, blocks, strict=False))
+        else:
+            steps = tiles[:2]
     apart = None
     if config.scores and not compensated:
         apart = chunk_scores(B, C, chunk, config.block_n, config.precision)
     tensors = (
         dt,
         *tiles,
+        *steps,
         A.contiguous(),
         None if D is None else D.contiguous(),
         z,
@@ -401,6 +436,7 @@ def ssd(
         None if initial_states is None else initial_states.contiguous(),
         final,
         handed,
+        passed,
         nums,
         sync,
     )
@@ -411,6 +447,7 @@ def ssd(
         groups,
         segments,
         per_segment,
+        per_segment * chunk // step,
         dt_min,
         dt_max,
         *strides,
@@ -420,6 +457,7 @@ def ssd(
         head_dim,
         width,
         chunk,
+        step,
         config.block_p,
         config.block_n,
         config.rows,
@@ -434,6 +472,7 @@ def ssd(
         config.precision,
         described,
         config.stages,
+        stages,
         log_A,
         y_scale,
     )

@@ -28,8 +28,10 @@ limit = {80: 163, 90: 227}[capability] * 1024
 configs._limits = lambda device: configs._Limits(132, limit, described)
 config = configs._portable(torch.device("cpu"), torch.bfloat16, 1, 16384, heads, head_dim, width, None)
 kernel = ssd_portable._ssd_kernel
+step, stages = (2 * config.chunk, config.stages - 1) if config.stages > 3 else (config.chunk, config.stages)
 constants = {
-    "P": head_dim, "N": width, "Q": config.chunk, "BP": config.block_p, "BN": config.block_n, "R": config.rows,
+    "P": head_dim, "N": width, "Q": config.chunk, "QS": step, "STEP_STAGES": stages,
+    "BP": config.block_p, "BN": config.block_n, "R": config.rows,
     "SOFTPLUS": True, "CLAMP": False, "STEPS": False, "D_PER_HEAD": True, "D_PER_CHANNEL": False, "STORE_FINAL": True,
     "SPLIT": True, "RELAXED": False, "PRECISION": "tf32", "DESCRIBED": described, "STAGES": config.stages,
     "LOG_A": True, "Y_SCALE": 1.0, "init_ptr": None, "z_ptr": None,
@@ -37,14 +39,15 @@ constants = {
 if not config.scores:
     constants["scores_ptr"] = None
 tiles = {"x": config.block_p, "y": config.block_p, "B": config.block_n, "C": config.block_n}
-floats = ("final_ptr", "handed_ptr", "nums_ptr", "scores_ptr")
+tiles |= {"x_sum": config.block_p, "B_sum": config.block_n}
+floats = ("final_ptr", "handed_ptr", "passed_ptr", "nums_ptr", "scores_ptr")
 signature, constexprs, attributes = {}, {}, {}
 for place, parameter in enumerate(kernel.params):
     name = parameter.name
     if name in constants:
         signature[name], constexprs[place,] = "constexpr", constants[name]
     elif name in tiles and described:
-        signature[name] = f"tensordesc<bf16[1, {config.chunk}, {tiles[name]}]>"
+        signature[name] = f"tensordesc<bf16[1, {step if name.endswith('_sum') else config.chunk}, {tiles[name]}]>"
     elif name in ("dt_min", "dt_max"):
         signature[name] = "fp32"
     else:

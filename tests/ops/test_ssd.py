@@ -83,11 +83,26 @@ def test_tiles_by_tensor_descriptors(
 
 @pytest.mark.parametrize("backend", ["triton"])
 @pytest.mark.parametrize("segments", [1, 2])
-def test_scores_worked_out_beforehand(segments: int, backend: str, device: torch.device) -> None:
+def test_scores_worked_out_beforehand(
+    segments: int, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastmamba.kernels import ssd_portable
+
+    monkeypatch.setattr(ssd_portable, "copy_engine", lambda device: True)  # the first pass takes two chunks at a time
     case = ssd_case(2, 75, 4, 16, 2, 16, dtype=torch.bfloat16, device=device, initial=True)
     with configs.override("portable"):
         chosen = configs.ssd_config(device, case.x.dtype, 2, 75, 4, 16, 16, None)
-    with configs.override(dataclasses.replace(chosen, chunk=16, segments=segments, scores=True)):
+    with configs.override(dataclasses.replace(chosen, chunk=16, segments=segments, stages=4, scores=True)):
+        check(case, backend)
+
+
+@pytest.mark.parametrize("backend", ["triton"])
+def test_segments_past_those_that_one_looks_back_to(backend: str, device: torch.device) -> None:
+    case = ssd_case(1, 285, 1, 16, 1, 16, dtype=torch.bfloat16, device=device, initial=True)
+    case.A = case.A / 10  # or nothing would be left of what lies so far back
+    with configs.override("portable"):
+        chosen = configs.ssd_config(device, case.x.dtype, 1, 285, 1, 16, 16, None)
+    with configs.override(dataclasses.replace(chosen, chunk=16, segments=18)):
         check(case, backend)
 
 
