@@ -85,7 +85,8 @@ def main() -> int:
             except ValueError as error:
                 console.print(f"{tokens:,} tokens: {error}")
                 continue
-            best, before, count = tune(space(start, shape), shape, options, console)
+            blocks = torch.cuda.get_device_properties(device).multi_processor_count
+            best, before, count = tune(space(start, shape, blocks), shape, options, console)
             entries.append({"shape": vars(shape), "config": best.config, "us": best.us, "heuristic_us": before.us})
             changed = {name: value for name, value in best.config.items() if value != getattr(start, name)}
             shown = [f"{tokens:,}", variant, f"{before.time:,.1f}", f"{best.time:,.1f}", str(count)]
@@ -129,12 +130,16 @@ CHOICES: dict[str, dict[str, list[Any]]] = {
 }
 
 
-def space(start: configs.SsdConfig, shape: tuned.Shape) -> Space:
-    """What is tried for a shape, beginning with the heuristic's choice."""
+def space(start: configs.SsdConfig, shape: tuned.Shape, multiprocessors: int = 1) -> Space:
+    """What is tried for a shape on a GPU of so many multiprocessors, beginning with the heuristic's choice."""
     choices = dict(CHOICES[start.variant])
     if start.variant == "hopper" and start.block_n > 128:
         del choices["stages"]  # that kernel has two, whatever a configuration says
-    choices["segments"] = sorted({start.segments, *choices["segments"]})
+    scans = shape.batch * shape.heads * -(-shape.head_dim // start.block_p)
+    full = {max(1, resident * multiprocessors // scans) for resident in (1, 2, 3, 4)}  # so many fill the GPU just so
+    choices["segments"] = sorted({start.segments, *choices["segments"], *full})
+    if shape.dtype == "float32":
+        choices.pop("scores", None)  # which it does not do
     if torch.version.hip:
         choices.pop("registers", None)  # a bound that only NVIDIA's compiler takes
     if "block_p" in choices:
@@ -164,6 +169,7 @@ def tune(
         key(result.config): result for result in earlier if result.config.keys() == shape_space.start.keys()
     }
     try:
+        measurer.start()  # which takes seconds that no measurement should pay for
         with progress(console) as bar:
             name = f"{shape.tokens:,} tokens, {shape_space.start.get('variant', '')}"
             task = bar.add_task(name, total=options.seconds, best="", count=0)
