@@ -8,7 +8,7 @@ The roles meet at mbarriers in shared memory, in pairs, one for each direction:
     walked, unready    y of a chunk is there; it is on its way to global memory
     walking            the walkers are through with the first pass (in which the scores and the store have no part)
     begun              the barriers are initialised, by the scores
-    asked              dt of the first four chunks of a split sequence is there, loaded by the scores' warps
+    asked              dt of the first four chunks is there, where the scores' warps load it
 
 A walker's arrival at a barrier costs it one of its own warps', and the walkers are what a block waits for: so they have
 one for a chunk, `walked`, which tells the loader, the scores and the store.
@@ -201,7 +201,7 @@ def decays_role(
     HEADS: gl.constexpr,
     dtype: gl.constexpr,  # of x
     begun,
-    dts,  # of the first four chunks of a split sequence, from the scores' warps
+    dts,  # of the first four chunks, from the scores' warps; not where two slices walk a whole sequence
     asked,
 ):
     # Two warps with one head between them take turns at the groups of chunks, and at the buffers.
@@ -221,7 +221,8 @@ def decays_role(
     first_pass = (summed + GROUP - 1) // GROUP
     # all loads before the first use of one
     first = _of_group(dt_ptr, FIRST, first_pass, ahead, q, tokens, stride_dt_t)
-    if not SPLIT:
+    EARLY_DT: gl.constexpr = SPLIT or PAIR == 1
+    if not EARLY_DT:
         coming = gl.load(first)
     elif FIRST > 0:
         coming = load_bits(first)
@@ -234,14 +235,14 @@ def decays_role(
         A = -gl.exp(A)
     A *= LOG2E
     mbarrier.wait(begun, 0)
-    if SPLIT and FIRST == 0:
+    if EARLY_DT and FIRST == 0:
         mbarrier.wait(asked, 0)
         coming = _seen_as(dts, gl.int32, [HEADS, GROUP, Q], rows).index(k).load(layout)
     buffer = FIRST
     phase = 0
     for i in range(FIRST, first_pass + (chunks + GROUP - 1) // GROUP, STEP):
         t = gl.where(i < first_pass, i * GROUP - ahead, (i - first_pass) * GROUP) * Q + q
-        if SPLIT:
+        if EARLY_DT:
             dt = _from_bits(coming, dt_ptr.dtype.element_ty) + bias
         else:
             dt = coming.to(gl.float32) + bias
@@ -282,9 +283,10 @@ def decays_role(
         halves.index(2 * (row + _LEFT) + 1).store(rest)
         nums.index(row + _TOTAL).store(cum * 0.0 + gl.exp2(last))
         mbarrier.arrive(known.index(buffer), count=1)
-        if SPLIT:  # earlier, it would take registers of which there are none left, or hold up the first four chunks
+        if EARLY_DT:  # earlier, it would take registers of which there are none left, or hold up the first four chunks
             coming = load_bits(_of_group(dt_ptr, i + STEP, first_pass, ahead, q, tokens, stride_dt_t))
-            prefetch(_of_group(dt_ptr, i + 2 * STEP, first_pass, ahead, q, tokens, stride_dt_t))
+            if PAIR == 2:  # worth 3% with two slices; with one, 4% and 5% are gained without
+                prefetch(_of_group(dt_ptr, i + 2 * STEP, first_pass, ahead, q, tokens, stride_dt_t))
         if STEP == 2:
             phase ^= 1
         else:
@@ -408,7 +410,7 @@ def scores_role(
     fence_inits(chunks)
     sync_threads()
     mbarrier.arrive(begun, count=1)
-    if SPLIT:
+    if SPLIT or PAIR == 1:
         dts.index(0).store(first_dt0)
         if HEADS == 2:
             dts.index(1).store(first_dt1)

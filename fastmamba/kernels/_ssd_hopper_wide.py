@@ -381,7 +381,7 @@ def _walk_role(
         state *= total[:, None]
         xT = xs.index(stage * 2 + k).reshape([Q, Q]).permute([1, 0]).load(narrow)
         since = _numbers(nums, head, group, c, _SINCE).load(gl.SliceLayout(0, mma))
-        # Here, though G is needed later: ptxas moves nothing over a wait, and all before is to be done beside S C^T.
+        # Here, though G is needed later: ptxas moves no load over a wait, so x and `since` come beside S C^T.
         mbarrier.wait(scored.index(c % PLACES), c // PLACES & 1)
         y = warpgroup_mma_wait(0, [y])
         y = y * since[None, :]

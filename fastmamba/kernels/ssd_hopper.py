@@ -165,14 +165,15 @@ def _kernel(
     dt_at = dt_ptr + b.to(gl.int64) * stride_dt_b + first.to(gl.int64) * stride_dt_t
     dt0 = dt_at + head0 * stride_dt_h
     dt1 = dt_at + head1 * stride_dt_h
-    # What the first chunk waits for is on its way before anything else: dt and A, then x, B and C. A split sequence's
-    # dt came too late from a prefetch, for whatever reason: the scores' warps, the only ones yet, load it.
+    # What the first chunk waits for is on its way before anything else: dt and A, then x, B and C. A prefetched dt came
+    # too late, for whatever reason: the scores' warps, the only ones yet, load it. (Two slices of a whole sequence lost
+    # 6% by that.)
     early = gl.arange(0, GROUP * Q, gl.BlockedLayout([1], [32], [4], [0])) - ahead * Q
     soon = gl.minimum(early + GROUP * Q, tokens - 1).to(gl.int64) * stride_dt_t
     early = gl.minimum(early, tokens - 1).to(gl.int64) * stride_dt_t
     first_dt0 = 0
     first_dt1 = 0
-    if SPLIT:
+    if SPLIT or PAIR == 1:
         first_dt0 = load_bits(dt0 + early)
         if HEADS == 2:
             first_dt1 = load_bits(dt1 + early)
@@ -189,7 +190,7 @@ def _kernel(
     load_chunk(x_desc, B_desc, C_desc, z_desc, xs, Bs, Cs, zs, full.index(0), 0, b, first, v, g, 0, ahead, summed, N,
                PAIR, GATED)  # fmt: skip
 
-    if SPLIT:
+    if SPLIT or PAIR == 1:
         prefetch(dt0 + soon)
 
     channels = slices * Q
