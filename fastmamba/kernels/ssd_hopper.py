@@ -340,7 +340,7 @@ def ssd(
         walks = batch * slices * segments
         # a state that a walker hands on, and one that it keeps for later
         handed = new(walks * (2 * 64 * width + 4 // state_dtype.itemsize), dtype=state_dtype)
-        sync = zeros_left_as_found(1 + walks, x.device)
+        sync = zeros_left_as_found(walks, x.device)
     channels = heads * head_dim
     tensors: tuple[Any, ...] = (
         dt,
