@@ -9,6 +9,7 @@ from torch import Tensor
 
 _straight: Any = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
 """What compiled code calls: no dispatch."""
+_current: Any = getattr(torch._C, "_cuda_getDevice", None)
 
 
 def empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, index: int) -> Tensor:
@@ -20,8 +21,8 @@ def empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, 
 
 def new_empty(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     """`tensor.new_empty(shape)`."""
-    plain = _straight is not None and type(tensor) is Tensor and tensor.is_cuda
-    if not plain or tensor.get_device() != torch._C._cuda_getDevice():
+    plain = _straight is not None and _current is not None and type(tensor) is Tensor and tensor.is_cuda
+    if not plain or tensor.get_device() != _current():
         return tensor.new_empty(shape)
     strides = [1] * len(shape)
     for i in range(len(shape) - 1, 0, -1):
