@@ -1,6 +1,7 @@
 """What the warps of a block do in the Hopper SSD; `fastmamba.kernels.ssd_hopper` has the picture and the launch.
 
-The roles meet at mbarriers in shared memory, in pairs, one for each direction:
+Scores and walkers are here, the loader and the store in `_ssd_hopper_copies`, the decays in `_ssd_hopper_decays`.
+They all meet at mbarriers in shared memory, in pairs, one for each direction:
 
     full, walked       a stage holds a chunk of x, B, C and z; the walkers are through with the chunk
     known, unknown     the decays of four chunks are there; nobody needs them any more
@@ -21,290 +22,25 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from fastmamba.kernels._ssd_hopper_halves import (
-    _packed,
-    _product,
-    _rounded,
-    _split,
-    _sum_of_products,
-    _unpacked,
-    _widen,
-)
+from fastmamba.kernels._ssd_hopper_copies import fence_inits
+from fastmamba.kernels._ssd_hopper_decays import _numbers, _weights
+from fastmamba.kernels._ssd_hopper_halves import _packed, _product, _rounded, _sum_of_products, _unpacked, _widen
 from fastmamba.kernels._ssd_hopper_handover import _hand_over, _places
 from fastmamba.kernels._ssd_hopper_terms import (
     _CUM,
     _ENTRY,
-    _LEFT,
     _SINCE,
     _TOTAL,
-    EARLY,
     GROUP,
     LOG2E,
-    RENAMED,
-    ROWS,
     Q,
-    _load,
-    _store,
+    _advance,
     sync_threads,
 )
-
-
-@gluon.jit
-def _add(a, b):
-    return a + b
-
-
-@gluon.jit
-def _log2(v):
-    """The hardware's logarithm: an error of 2**-22, where Triton's own has a polynomial and special cases."""
-    return gl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=r,r", [v], dtype=gl.float32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def _seen_as(memory, dtype: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr):
-    if RENAMED:
-        return memory.reinterpret(dtype, shape, layout)
-    else:
-        return memory._reinterpret(dtype, shape, layout)
-
-
-@gluon.jit
-def _softplus(v):
-    """log(1 + exp(v)) = max(v, 0) + 2 atanh(e / (2 + e)) with e = exp(-|v|), by the series of atanh, to float32."""
-    e = gl.exp2(-LOG2E * gl.abs(v))
-    s = e / (2.0 + e)
-    q = s * s
-    p = 1.0 / 15
-    for i in gl.static_range(7):
-        p = p * q + 1.0 / (13 - 2 * i)
-    return gl.maximum(v, 0.0) + 2.0 * s * p
-
-
-@gluon.jit
-def _advance(stage, phase, STAGES: gl.constexpr):
-    stage += 1
-    wrapped = stage == STAGES
-    return gl.where(wrapped, 0, stage), gl.where(wrapped, phase ^ 1, phase)
-
-
-@gluon.jit
-def prefetch(ptr):
-    """Bring what is at these addresses into the L2 cache."""
-    gl.inline_asm_elementwise(
-        "{prefetch.global.L2 [$1]; mov.b32 $0, 0;}", "=r,l", [ptr], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def load_bits(ptr):
-    """What is at these addresses, a register each, without any wait: halves would be packed in pairs at once."""
-    if ptr.dtype.element_ty == gl.float32:
-        code: gl.constexpr = "ld.global.u32 $0, [$1];"
-    else:
-        code: gl.constexpr = "ld.global.u16 $0, [$1];"
-    return gl.inline_asm_elementwise(code, "=r,l", [ptr], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _from_bits(bits, dtype: gl.constexpr):
-    """As float32."""
-    if dtype == gl.bfloat16:
-        return (bits << 16).to(gl.float32, bitcast=True)
-    elif dtype == gl.float16:
-        code: gl.constexpr = "{.reg .b16 h; cvt.u16.u32 h, $1; cvt.f32.f16 $0, h;}"
-        return gl.inline_asm_elementwise(code, "=r,r", [bits], dtype=gl.float32, is_pure=True, pack=1)
-    else:
-        return bits.to(gl.float32, bitcast=True)
-
-
-@gluon.jit
-def fence_inits(n):
-    """Let the copy engine see what mbarriers have been initialised. Other fences wait for loads that are under way."""
-    code: gl.constexpr = "{fence.mbarrier_init.release.cluster; mov.b32 $0, 0;}"
-    gl.inline_asm_elementwise(code, "=r,r", [n], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def load_chunk(
-    x_desc, B_desc, C_desc, z_desc, xs, Bs, Cs, zs, bar, stage, b, first, v, g, i, ahead, summed,
-    N: gl.constexpr, PAIR: gl.constexpr, GATED: gl.constexpr,
-):  # fmt: skip
-    """Start copying what chunk i of both passes needs into a stage."""
-    t = first + gl.where(i < summed, i - ahead, i - summed) * Q
-    walking = i >= summed
-    mbarrier.expect(bar, (N + PAIR * Q) * Q * 2, pred=i < summed)
-    mbarrier.expect(bar, (2 * N + (2 if GATED else 1) * PAIR * Q) * Q * 2, pred=walking)
-    _load(B_desc, [b, t, g * N], bar, Bs.index(stage))
-    _load(C_desc, [b, t, g * N], bar, Cs.index(stage), pred=walking)
-    for k in gl.static_range(PAIR):
-        slot = stage * PAIR + k
-        _load(x_desc, [b, t, (v + k) * Q], bar, xs.index(slot))
-        if GATED:
-            _load(z_desc, [b, t, (v + k) * Q], bar, zs.index(slot), pred=walking)
-
-
-@gluon.jit
-def load_role(
-    begun, x_desc, B_desc, C_desc, z_desc, x_ptr, stride_x_t, tokens, second, xs, Bs, Cs, zs, full, walked, b, first, v,
-    g, ahead, summed, chunks,
-    N: gl.constexpr, PAIR: gl.constexpr, GATED: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    stage = 1  # the first chunk's has been started before there were roles
-    phase = 0
-    line = gl.arange(0, PAIR * Q, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-    beside = line // Q * Q * second.to(gl.int32)
-    mbarrier.wait(begun, 0)
-    for i in range(1, summed + chunks):
-        if i + EARLY < summed:  # B is in the L2 cache mostly, where another slice's block has asked for it
-            t = gl.minimum((i + EARLY - ahead) * Q + line % Q, tokens - 1)
-            prefetch(x_ptr + (t.to(gl.int64) * stride_x_t + beside))
-        mbarrier.wait(walked.index(stage), phase ^ 1)
-        load_chunk(x_desc, B_desc, C_desc, z_desc, xs, Bs, Cs, zs, full.index(stage), stage, b, first, v, g, i, ahead,
-                   summed, N, PAIR, GATED)  # fmt: skip
-        stage, phase = _advance(stage, phase, STAGES)
-
-
-@gluon.jit
-def _of_group(dt_ptr, i, first_pass, ahead, q, tokens, stride_dt_t):
-    """Where dt of the i-th four chunks is, of both passes; past the end, the last token's."""
-    t = gl.where(i < first_pass, i * GROUP - ahead, (i - first_pass) * GROUP) * Q + q
-    return dt_ptr + gl.minimum(t, tokens - 1).to(gl.int64) * stride_dt_t
-
-
-@gluon.jit
-def decays_role(
-    k: gl.constexpr,
-    dt_ptr,  # at [b, first token of the segment, head]
-    A_ptr,
-    bias_ptr,
-    head,
-    nums,
-    known,
-    unknown,
-    stride_dt_t,
-    dt_min,
-    dt_max,
-    tokens,  # left from the segment's first token on
-    ahead,  # chunks of the first pass that lie before the segment
-    summed,  # chunks of the first pass
-    chunks,
-    SOFTPLUS: gl.constexpr,
-    CLAMP: gl.constexpr,
-    PAIR: gl.constexpr,
-    SPLIT: gl.constexpr,
-    LOG_A: gl.constexpr,
-    HEADS: gl.constexpr,
-    dtype: gl.constexpr,  # of x
-    begun,
-    dts,  # of the first four chunks, from the scores' warps; not where two slices walk a whole sequence
-    asked,
-):
-    # Two warps with one head between them take turns at the groups of chunks, and at the buffers.
-    STEP: gl.constexpr = 2 if PAIR == 2 and HEADS == 1 else 1
-    FIRST: gl.constexpr = k if STEP == 2 else 0
-    slot: gl.constexpr = 0 if STEP == 2 else k
-    # Where a block has warps to spare, four share the work, and the first chunk waits less.
-    if gl.num_warps() == 1:
-        layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
-    else:
-        layout: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [4, 1], [1, 0])
-    rows: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    halves = _seen_as(nums, dtype, [4 * HEADS * ROWS, GROUP, Q], rows)
-    nums = _seen_as(nums, gl.float32, [2 * HEADS * ROWS, GROUP, Q], rows)
-    chunk = gl.arange(0, GROUP, gl.SliceLayout(1, layout))
-    q = chunk[:, None] * Q + gl.arange(0, Q, gl.SliceLayout(0, layout))[None, :]  # [GROUP, Q]
-    first_pass = (summed + GROUP - 1) // GROUP
-    # all loads before the first use of one
-    first = _of_group(dt_ptr, FIRST, first_pass, ahead, q, tokens, stride_dt_t)
-    EARLY_DT: gl.constexpr = SPLIT or PAIR == 1
-    if not EARLY_DT:
-        coming = gl.load(first)
-    elif FIRST > 0:
-        coming = load_bits(first)
-    A = gl.load(A_ptr + head)
-    bias = 0.0
-    if bias_ptr is not None:
-        bias = gl.load(bias_ptr + head).to(gl.float32)
-    A = A.to(gl.float32)
-    if LOG_A:
-        A = -gl.exp(A)
-    A *= LOG2E
-    mbarrier.wait(begun, 0)
-    if EARLY_DT and FIRST == 0:
-        mbarrier.wait(asked, 0)
-        coming = _seen_as(dts, gl.int32, [HEADS, GROUP, Q], rows).index(k).load(layout)
-    buffer = FIRST
-    phase = 0
-    for i in range(FIRST, first_pass + (chunks + GROUP - 1) // GROUP, STEP):
-        t = gl.where(i < first_pass, i * GROUP - ahead, (i - first_pass) * GROUP) * Q + q
-        if EARLY_DT:
-            dt = _from_bits(coming, dt_ptr.dtype.element_ty) + bias
-        else:
-            dt = coming.to(gl.float32) + bias
-            coming = gl.load(_of_group(dt_ptr, i + STEP, first_pass, ahead, q, tokens, stride_dt_t))
-        if SOFTPLUS:
-            dt = _softplus(dt)
-        if CLAMP:
-            dt = gl.minimum(gl.maximum(dt, dt_min), dt_max)
-        dt = gl.where(t < tokens, dt, 0.0)  # past the end: no decay, no input
-        cum = gl.associative_scan(dt * A, 1, _add)
-        entry = cum - _log2(dt)
-        last = gl.sum(dt * A, axis=1)
-        if SPLIT:  # in the first pass the decays of later chunks of the four are part of the weights
-            rest = last
-            whole = last
-            everywhere: gl.constexpr = gl.SliceLayout(
-                1, gl.BlockedLayout([GROUP, 1], [1, 32], [1, gl.num_warps()], [1, 0])
-            )
-            lasts = gl.convert_layout(last, everywhere)
-            each = gl.arange(0, GROUP, everywhere)
-            for j in gl.static_range(GROUP):
-                later = gl.sum(gl.where(each == j, lasts, 0.0), axis=0)
-                there = i * GROUP + j < summed
-                rest += gl.where((chunk < j) & there, later, 0.0)
-                whole += gl.where((chunk != j) & there, later, 0.0)
-            left = rest[:, None] - entry
-            last = whole[:, None]
-        else:
-            last = last[:, None]
-            left = last - entry
-        mbarrier.wait(unknown.index(buffer), phase ^ 1)
-        row = (slot * 2 + buffer) * ROWS
-        nums.index(row + _CUM).store(cum)
-        nums.index(row + _ENTRY).store(entry)
-        nums.index(row + _SINCE).store(gl.exp2(cum))
-        value, rest = _split(gl.exp2(left), dtype)
-        halves.index(2 * (row + _LEFT)).store(value)
-        halves.index(2 * (row + _LEFT) + 1).store(rest)
-        nums.index(row + _TOTAL).store(cum * 0.0 + gl.exp2(last))
-        mbarrier.arrive(known.index(buffer), count=1)
-        if EARLY_DT:  # earlier, it would take registers of which there are none left, or hold up the first four chunks
-            coming = load_bits(_of_group(dt_ptr, i + STEP, first_pass, ahead, q, tokens, stride_dt_t))
-            if PAIR == 2:  # worth 3% with two slices; with one, 4% and 5% are gained without
-                prefetch(_of_group(dt_ptr, i + 2 * STEP, first_pass, ahead, q, tokens, stride_dt_t))
-        if STEP == 2:
-            phase ^= 1
-        else:
-            buffer, phase = _advance(buffer, phase, 2)
-
-
-@gluon.jit
-def _numbers(nums, k: gl.constexpr, buffer, c, ROW: gl.constexpr):
-    """A row of the block's head k in chunk c of a pass."""
-    return nums.index(((k * 2 + buffer) * ROWS + ROW) * GROUP + c % GROUP)
-
-
-@gluon.jit
-def _weights(nums, k: gl.constexpr, buffer, c, dtype: gl.constexpr, layout: gl.constexpr):
-    """Those of the tokens of chunk c in the state after it, in the first pass in that after four chunks: `_split`."""
-    halves = _seen_as(nums, dtype, [2 * nums.shape[0], Q], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    at = ((k * 2 + buffer) * ROWS + _LEFT) * (2 * GROUP) + c % GROUP
-    return halves.index(at).load(layout), halves.index(at + GROUP).load(layout)
 
 
 @gluon.jit
@@ -485,32 +221,6 @@ def _weigh(k: gl.constexpr, xT, nums, group, c):
     """x^T times its weights."""
     left, rest = _weights(nums, k, group, c, xT.dtype, gl.SliceLayout(0, xT.type.layout))
     return _sum_of_products(xT, left[None, :], _product(xT, rest[None, :]))
-
-
-@gluon.jit
-def store_role(
-    begun, y_desc, ys, walked, unready, walking, b, first, v, second, summed, chunks,
-    PAIR: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    mbarrier.wait(begun, 0)
-    if SPLIT:
-        mbarrier.wait(walking, 0)
-    place = 0
-    stage = summed % STAGES
-    phase = summed // STAGES & 1
-    for c in range(chunks):
-        mbarrier.wait(walked.index(stage), phase)
-        stage, phase = _advance(stage, phase, STAGES)
-        fence_async_shared()  # the copy engine reads what the walkers wrote, who need not wait for this fence
-        for k in gl.static_range(PAIR):
-            if k == 0:
-                _store(y_desc, [b, first + c * Q, v * Q], ys.index(place))
-            elif second:
-                _store(y_desc, [b, first + c * Q, (v + 1) * Q], ys.index(place))
-            place ^= 1
-        tma.store_wait(0)
-        for k in gl.static_range(PAIR):
-            mbarrier.arrive(unready.index(place ^ 1 if PAIR == 1 else k), count=1)
 
 
 @gluon.jit

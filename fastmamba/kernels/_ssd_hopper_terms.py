@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
@@ -23,3 +24,18 @@ ROWS = gl.constexpr(5)
 GROUP = gl.constexpr(4)  # chunks that the decays warps work out at a time
 EARLY = gl.constexpr(3)  # how many chunks before it is loaded x is asked for, in the first pass
 SPAN = gl.constexpr(16)  # segments, of which the last one hands on a whole state, the others what they add to it
+
+
+@gluon.jit
+def _seen_as(memory, dtype: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr):
+    if RENAMED:
+        return memory.reinterpret(dtype, shape, layout)
+    else:
+        return memory._reinterpret(dtype, shape, layout)
+
+
+@gluon.jit
+def _advance(stage, phase, STAGES: gl.constexpr):
+    stage += 1
+    wrapped = stage == STAGES
+    return gl.where(wrapped, 0, stage), gl.where(wrapped, phase ^ 1, phase)

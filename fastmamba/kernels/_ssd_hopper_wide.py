@@ -31,9 +31,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from fastmamba.kernels._ssd_hopper_copies import prefetch
+from fastmamba.kernels._ssd_hopper_decays import _numbers, _running, _weights
 from fastmamba.kernels._ssd_hopper_halves import _product, _split, _sum_of_products, _widen
 from fastmamba.kernels._ssd_hopper_handover import _ahead, _hand_over, _places
-from fastmamba.kernels._ssd_hopper_roles import _add, _advance, _fetch, _log2, _seen_as, _softplus, prefetch
+from fastmamba.kernels._ssd_hopper_roles import _fetch
 from fastmamba.kernels._ssd_hopper_terms import (
     _CUM,
     _ENTRY,
@@ -42,7 +44,9 @@ from fastmamba.kernels._ssd_hopper_terms import (
     GROUP,
     LOG2E,
     Q,
+    _advance,
     _load,
+    _seen_as,
     _store,
     sync_threads,
 )
@@ -54,23 +58,9 @@ ROWS = gl.constexpr(4)  # that decays take in shared memory, for each head of a 
 
 
 @gluon.jit
-def _numbers(nums, k: gl.constexpr, buffer, c, ROW: gl.constexpr):
-    """A row of the block's head k in chunk c of a pass."""
-    return nums.index(((k * 2 + buffer) * ROWS + ROW) * GROUP + c % GROUP)
-
-
-@gluon.jit
-def _weights(nums, k: gl.constexpr, buffer, c, dtype: gl.constexpr, layout: gl.constexpr):
-    """Those of the tokens of chunk c in the state after it, in the first pass in that after four chunks: `_split`."""
-    halves = _seen_as(nums, dtype, [2 * nums.shape[0], Q], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    at = ((k * 2 + buffer) * ROWS + _LEFT) * (2 * GROUP) + c % GROUP
-    return halves.index(at).load(layout), halves.index(at + GROUP).load(layout)
-
-
-@gluon.jit
 def _total(nums, k: gl.constexpr, buffer, c, layout: gl.constexpr):
     """The decay over chunk c, in the first pass over its four chunks, in all rows: [1]."""
-    return _numbers(nums, k, buffer, c, _SINCE).slice(Q - 1, 1).load(layout)
+    return _numbers(nums, k, buffer, c, _SINCE, ROWS).slice(Q - 1, 1).load(layout)
 
 
 @gluon.jit
@@ -136,14 +126,7 @@ def _decays(
     SOFTPLUS: gl.constexpr, CLAMP: gl.constexpr, SPLIT: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
     """Those of the block's head k in the i-th four chunks of both passes, as `decays_role` works them out."""
-    dt = dt.to(gl.float32) + bias
-    if SOFTPLUS:
-        dt = _softplus(dt)
-    if CLAMP:
-        dt = gl.minimum(gl.maximum(dt, dt_min), dt_max)
-    dt = gl.where(t < tokens, dt, 0.0)  # past the end: no decay, no input
-    cum = gl.associative_scan(dt * A, 1, _add)
-    entry = cum - _log2(dt)
+    dt, cum, entry = _running(dt.to(gl.float32) + bias, A, t, tokens, dt_min, dt_max, SOFTPLUS, CLAMP)
     last = gl.sum(dt * A, axis=1)
     since = cum
     if SPLIT:
@@ -253,8 +236,10 @@ def _numbers_role(
                 scores = tile.slice(part * PART, PART).load(layout)  # [t, s]
                 causal = (t + part * PART)[:, None] >= s[None, :]
                 for k in gl.static_range(HEADS):
-                    cum = _numbers(nums, k, group, c, _CUM).slice(part * PART, PART).load(gl.SliceLayout(1, layout))
-                    entry = _numbers(nums, k, group, c, _ENTRY).load(gl.SliceLayout(0, layout))
+                    cum = (
+                        _numbers(nums, k, group, c, _CUM, ROWS).slice(part * PART, PART).load(gl.SliceLayout(1, layout))
+                    )
+                    entry = _numbers(nums, k, group, c, _ENTRY, ROWS).load(gl.SliceLayout(0, layout))
                     decay = gl.exp2(cum[:, None] - entry[None, :])  # above the diagonal it may be infinite
                     if RELAXED:
                         G = gl.where(causal, scores.to(dtype) * decay.to(dtype), 0.0)
@@ -323,7 +308,7 @@ def _walk_role(
         kept = handed_ptr + parts.to(gl.int64) * (Q * N) + handed_row
         xT = _fetch(k, xs, came, 0, 0, summed > 0, 2, narrow)
         mbarrier.wait(known.index(group), turn, pred=summed > 0)
-        left, rest = _weights(nums, head, group, 0, dtype, gl.SliceLayout(0, narrow))
+        left, rest = _weights(nums, head, group, 0, dtype, gl.SliceLayout(0, narrow), ROWS)
         part = _product(xT, rest[None, :])
         total = _total(nums, head, group, 0, gl.SliceLayout(1, wide))
         for half in gl.static_range(2):  # up to where the segment begins, and on from there
@@ -341,7 +326,7 @@ def _walk_role(
                 after = c + 1
                 xT = _fetch(k, xs, came, after % DEEP, after // DEEP & 1, after < summed, 2, narrow)
                 mbarrier.wait(known.index(group), turn, pred=after < summed)
-                left, rest = _weights(nums, head, group, after, dtype, gl.SliceLayout(0, narrow))
+                left, rest = _weights(nums, head, group, after, dtype, gl.SliceLayout(0, narrow), ROWS)
                 part = _product(xT, rest[None, :])
                 total = _total(nums, head, group, after, gl.SliceLayout(1, wide))
                 state = warpgroup_mma_wait(0, [sum])
@@ -380,7 +365,7 @@ def _walk_role(
                     y = warpgroup_mma_wait(0, [y])
         state *= total[:, None]
         xT = xs.index(stage * 2 + k).reshape([Q, Q]).permute([1, 0]).load(narrow)
-        since = _numbers(nums, head, group, c, _SINCE).load(gl.SliceLayout(0, mma))
+        since = _numbers(nums, head, group, c, _SINCE, ROWS).load(gl.SliceLayout(0, mma))
         # Here, though G is needed later: ptxas moves no load over a wait, so x and `since` come beside S C^T.
         mbarrier.wait(scored.index(c % PLACES), c // PLACES & 1)
         y = warpgroup_mma_wait(0, [y])
@@ -390,7 +375,7 @@ def _walk_role(
         G = Gs.index(4 + head * PLACES + c % PLACES)
         y = warpgroup_mma(xT, G.permute([1, 0]), y, is_async=True)
         y = warpgroup_mma_wait(0, [y])
-        left, rest = _weights(nums, head, group, c, dtype, gl.SliceLayout(0, narrow))
+        left, rest = _weights(nums, head, group, c, dtype, gl.SliceLayout(0, narrow), ROWS)
         weighted = _sum_of_products(xT, left[None, :], _product(xT, rest[None, :]))
         sum = warpgroup_mma(weighted, Bs.index(stage).reshape([Q, N]), state, is_async=True)
         # in the shadow of the state's product

@@ -41,18 +41,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from fastmamba.configs import SsdConfig
 from fastmamba.kernels._launch import Launcher
 from fastmamba.kernels._scores import chunk_scores
+from fastmamba.kernels._ssd_hopper_copies import fence_inits, load_chunk, load_role, prefetch, store_role
+from fastmamba.kernels._ssd_hopper_decays import decays_role, load_bits
 from fastmamba.kernels._ssd_hopper_handover import _ahead
-from fastmamba.kernels._ssd_hopper_roles import (
-    decays_role,
-    fence_inits,
-    load_bits,
-    load_chunk,
-    load_role,
-    prefetch,
-    scores_role,
-    store_role,
-    walk_role,
-)
+from fastmamba.kernels._ssd_hopper_roles import scores_role, walk_role
 from fastmamba.kernels._ssd_hopper_terms import GROUP, ROWS, Q, sync_threads
 from fastmamba.kernels._ssd_hopper_wide import _SIZES, _STRIDES, wide_kernel
 from fastmamba.kernels._sync import zeros_left_as_found
