@@ -240,14 +240,14 @@ class _Blocks:
     """How many those are at most (the kernels' SPAN); one in so many waits for the one before it."""
     handover: float = 1.75
     """That wait."""
-    shares: bool = True
-    """Whether all blocks share the first pass, where a segment has four chunks (the kernels' GROUP) for each."""
 
     def cost(self, rows: int, slices: int, chunks: int, segments: int, multiprocessors: int) -> float:
         """Of `rows` groups of sequences, each of so many slices and chunks."""
         walk = -(-chunks // segments)
         if segments > 1:
-            shared = self.shares and walk >= 4 * segments
+            shared = (
+                walk >= 4 * segments
+            )  # by all blocks, where a segment has four chunks (the kernels' GROUP) for each
             walk *= 1 + self.summing * ((segments - 1) / segments if shared else 1)
         waves = -(-rows * -(-slices // self.slices) * segments // multiprocessors)
         looked = self.look * min(segments - 1, self.span) + self.handover * ((segments - 1) // self.span)

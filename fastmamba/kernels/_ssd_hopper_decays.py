@@ -76,6 +76,15 @@ def _of_group(dt_ptr, i, first_pass, ahead, q, tokens, stride_dt_t):
 
 
 @gluon.jit
+def _factor(A, LOG_A: gl.constexpr):
+    """What dt is multiplied by for the logarithm of the decay, base 2."""
+    A = A.to(gl.float32)
+    if LOG_A:
+        A = -gl.exp(A)
+    return A * LOG2E
+
+
+@gluon.jit
 def _running(dt, A, t, tokens, dt_min, dt_max, SOFTPLUS: gl.constexpr, CLAMP: gl.constexpr):
     """dt as the recurrence takes it, and its rows `_CUM` and `_ENTRY`."""
     if SOFTPLUS:
@@ -141,10 +150,7 @@ def decays_role(
     bias = 0.0
     if bias_ptr is not None:
         bias = gl.load(bias_ptr + head).to(gl.float32)
-    A = A.to(gl.float32)
-    if LOG_A:
-        A = -gl.exp(A)
-    A *= LOG2E
+    A = _factor(A, LOG_A)
     mbarrier.wait(begun, 0)
     if EARLY_DT and FIRST == 0:
         mbarrier.wait(asked, 0)

@@ -63,6 +63,23 @@ def _places(ptr, N: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
+def _ways(b, v, v1, slices, seg, segments, parts, handed_ptr, sync_ptr, N: gl.constexpr):
+    """Of slices v and v1 in a segment: the row of `handed`, the place of the decay over a first pass, the flag.
+
+    `handed` is what all `parts`, segments of all slices, hand on, then what they keep for themselves, [P, N] each, and
+    behind it their decays in float32.
+    """
+    row = ((b.to(gl.int64) * slices + v) * segments + seg) * (Q * N)
+    row1 = ((b.to(gl.int64) * slices + v1) * segments + seg) * (Q * N)
+    passed = (handed_ptr + parts.to(gl.int64) * (2 * Q * N)).to(gl.pointer_type(gl.float32), bitcast=True)
+    passed += (b * slices + v) * segments + seg
+    passed1 = passed + (v1 - v) * segments
+    flag = sync_ptr + (b * slices + v) * segments + seg
+    flag1 = sync_ptr + (b * slices + v1) * segments + seg
+    return row, row1, passed, passed1, flag, flag1
+
+
+@gluon.jit
 def _hand_over(
     state, decay, at, init_ptr, handed_ptr, handed_row, passed_ptr, flag_ptr, state_row, seg, segments, N: gl.constexpr,
     kept=None, decay_before=None, ahead=0,

@@ -32,9 +32,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from fastmamba.kernels._ssd_hopper_copies import prefetch
-from fastmamba.kernels._ssd_hopper_decays import _numbers, _running, _weights
+from fastmamba.kernels._ssd_hopper_decays import _factor, _numbers, _running, _weights
 from fastmamba.kernels._ssd_hopper_halves import _product, _split, _sum_of_products, _widen
-from fastmamba.kernels._ssd_hopper_handover import _ahead, _hand_over, _places
+from fastmamba.kernels._ssd_hopper_handover import _ahead, _hand_over, _places, _ways
 from fastmamba.kernels._ssd_hopper_roles import _fetch
 from fastmamba.kernels._ssd_hopper_terms import (
     _CUM,
@@ -42,7 +42,6 @@ from fastmamba.kernels._ssd_hopper_terms import (
     _LEFT,
     _SINCE,
     GROUP,
-    LOG2E,
     Q,
     _advance,
     _load,
@@ -150,15 +149,6 @@ def _decays(
 
 
 @gluon.jit
-def _factor(A_ptr, head, LOG_A: gl.constexpr):
-    """What dt is multiplied by for the logarithm of the decay, base 2."""
-    A = gl.load(A_ptr + head).to(gl.float32)
-    if LOG_A:
-        A = -gl.exp(A)
-    return A * LOG2E
-
-
-@gluon.jit
 def _wait_for_launches_before():
     """What they wrote is visible then: this kernel starts while that of the scores still runs."""
     gl.inline_asm_elementwise("{griddepcontrol.wait; mov.b32 $0, 0;}", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
@@ -181,13 +171,13 @@ def _numbers_role(
     groups = first_pass + (chunks + GROUP - 1) // GROUP
     after = gl.where(0 < first_pass, -ahead, 0) * Q + q
     coming0 = gl.load(dt0 + after.to(gl.int64) * stride_dt_t, mask=after < tokens, other=0.0)
-    A0 = _factor(A_ptr, head0, LOG_A)
+    A0 = _factor(gl.load(A_ptr + head0), LOG_A)
     bias0 = 0.0
     if bias_ptr is not None:
         bias0 = gl.load(bias_ptr + head0).to(gl.float32)
     if HEADS == 2:
         coming1 = gl.load(dt1 + after.to(gl.int64) * stride_dt_t, mask=after < tokens, other=0.0)
-        A1 = _factor(A_ptr, head1, LOG_A)
+        A1 = _factor(gl.load(A_ptr + head1), LOG_A)
         bias1 = 0.0
         if bias_ptr is not None:
             bias1 = gl.load(bias_ptr + head1).to(gl.float32)
@@ -506,14 +496,9 @@ def wide_kernel(
 
     state_row = (b.to(gl.int64) * slices + v) * (Q * N)
     state_row1 = (b.to(gl.int64) * slices + v1) * (Q * N)
-    handed_row = ((b.to(gl.int64) * slices + v) * segments + seg) * (Q * N)
-    handed_row1 = ((b.to(gl.int64) * slices + v1) * segments + seg) * (Q * N)
-    # behind what is handed over and what blocks keep for themselves: the decay over each first pass, float32
-    passed = (handed_ptr + parts.to(gl.int64) * (2 * Q * N)).to(gl.pointer_type(gl.float32), bitcast=True)
-    passed += (b * slices + v) * segments + seg
-    passed1 = passed + (v1 - v) * segments
-    flag = sync_ptr + (b * slices + v) * segments + seg
-    flag1 = sync_ptr + (b * slices + v1) * segments + seg
+    handed_row, handed_row1, passed, passed1, flag, flag1 = _ways(
+        b, v, v1, slices, seg, segments, parts, handed_ptr, sync_ptr, N
+    )
     D0 = head0 * stride_D_h + v % SLICES * Q * stride_D_p
     D1 = head1 * stride_D_h + v1 % SLICES * Q * stride_D_p
 

@@ -43,7 +43,7 @@ from fastmamba.kernels._launch import Launcher
 from fastmamba.kernels._scores import chunk_scores
 from fastmamba.kernels._ssd_hopper_copies import fence_inits, load_chunk, load_role, prefetch, store_role
 from fastmamba.kernels._ssd_hopper_decays import decays_role, load_bits
-from fastmamba.kernels._ssd_hopper_handover import _ahead
+from fastmamba.kernels._ssd_hopper_handover import _ahead, _ways
 from fastmamba.kernels._ssd_hopper_roles import scores_role, walk_role
 from fastmamba.kernels._ssd_hopper_terms import GROUP, ROWS, Q, sync_threads
 from fastmamba.kernels._ssd_hopper_wide import _SIZES, _STRIDES, wide_kernel
@@ -188,14 +188,9 @@ def _kernel(
     channels = slices * Q
     state_row = (b.to(gl.int64) * channels + v * Q) * N
     state_row1 = (b.to(gl.int64) * channels + v1 * Q) * N
-    handed_row = ((b.to(gl.int64) * slices + v) * segments + seg) * (Q * N)
-    handed_row1 = ((b.to(gl.int64) * slices + v1) * segments + seg) * (Q * N)
-    # behind what is handed over and what blocks keep for themselves: the decay over each first pass, float32
-    passed = (handed_ptr + parts.to(gl.int64) * (2 * Q * N)).to(gl.pointer_type(gl.float32), bitcast=True)
-    passed += (b * slices + v) * segments + seg
-    passed1 = passed + (v1 - v) * segments
-    flag = sync_ptr + (b * slices + v) * segments + seg
-    flag1 = sync_ptr + (b * slices + v1) * segments + seg
+    handed_row, handed_row1, passed, passed1, flag, flag1 = _ways(
+        b, v, v1, slices, seg, segments, parts, handed_ptr, sync_ptr, N
+    )
     D0 = head0 * stride_D_h + v % SLICES * Q * stride_D_p
     D1 = head1 * stride_D_h + v1 % SLICES * Q * stride_D_p
 
