@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from fastmamba.kernels._ssd_hopper_copies import fence_inits
 from fastmamba.kernels._ssd_hopper_decays import _numbers, _weights
-from fastmamba.kernels._ssd_hopper_halves import _packed, _product, _rounded, _sum_of_products, _unpacked, _widen
+from fastmamba.kernels._ssd_hopper_halves import _packed, _product, _rounded, _silu, _sum_of_products, _unpacked, _widen
 from fastmamba.kernels._ssd_hopper_handover import _hand_over, _places
 from fastmamba.kernels._ssd_hopper_terms import (
     _CUM,
@@ -36,7 +36,6 @@ from fastmamba.kernels._ssd_hopper_terms import (
     _SINCE,
     _TOTAL,
     GROUP,
-    LOG2E,
     Q,
     _advance,
     sync_threads,
@@ -380,11 +379,12 @@ def walk_role(
         stage, phase = _advance(stage, phase, STAGES)
         pairs = _packed(_fetch(k, xs, full, stage, phase, c + 1 < chunks, PAIR, narrow))
         mbarrier.wait(known.index(group), turn, pred=c + 1 < chunks)
-        y = warpgroup_mma_wait(0, [y])
         if GATED:
             z = zs.index(used * PAIR + k).reshape([Q, Q]).permute([1, 0]).load(narrow)
-            z = gl.convert_layout(z, mma).to(gl.float32)
-            y *= z / (1.0 + gl.exp2(-LOG2E * z))
+            gate = _silu(gl.convert_layout(_widen(z), mma))
+        y = warpgroup_mma_wait(0, [y])
+        if GATED:
+            y *= gate
         mbarrier.wait(unready.index(place), stored ^ 1)
         ys.index(place).reshape([Q, Q]).permute([1, 0]).store((y * Y_SCALE).to(dtype))
         mbarrier.arrive(walked.index(used), count=1)

@@ -274,7 +274,7 @@ def _stages(config: SsdConfig, width: int, gated: bool) -> int:
     """Chunks loaded ahead: those of `config`, which a table may have without a gate in mind, as far as memory goes."""
     if not gated:
         return config.stages
-    return min(config.stages, 2 if width > 64 else 3 if config.block_slices == 2 else 4)
+    return min(config.stages, 5 - config.block_slices - (width > 64))
 
 
 def _share(segments: int, chunks: int) -> float:
