@@ -6,7 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from fastmamba.kernels._ssd_hopper_terms import EARLY, Q, _advance, _load, _store
+from fastmamba.kernels._ssd_hopper_terms import EARLY, Q, _advance, _load, _seen_as, _store
 
 
 @gluon.jit
@@ -25,42 +25,87 @@ def fence_inits(n):
 
 
 @gluon.jit
-def load_chunk(
-    x_desc, B_desc, C_desc, z_desc, xs, Bs, Cs, zs, bar, stage, b, first, v, g, i, ahead, summed,
+def of_state(arena, N: gl.constexpr):
+    """The block's memory as places for B and C, [Q, N] each: in the second pass B and C of each stage."""
+    tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=3)
+    return _seen_as(arena, arena.dtype, [arena.shape[0] * Q // N, 1, Q, N], tile)
+
+
+@gluon.jit
+def load_first(
+    x_desc, B_desc, arena, bar, slot, b, t, v, g, there,
+    N: gl.constexpr, PAIR: gl.constexpr, EACH: gl.constexpr,
+):  # fmt: skip
+    """Start copying what a chunk of the first pass needs, B and x, into a slot."""
+    mbarrier.expect(bar, (N + PAIR * Q) * Q * 2, pred=there)
+    _load(B_desc, [b, t, g * N], bar, of_state(arena, N).index(slot * (3 - PAIR)), pred=there)
+    LAST: gl.constexpr = arena.shape[0] - EACH
+    for k in gl.static_range(PAIR):
+        _load(x_desc, [b, t, (v + k) * Q], bar, arena.index(LAST + k - slot * EACH), pred=there)
+
+
+@gluon.jit
+def load_second(
+    x_desc, B_desc, C_desc, z_desc, arena, bar, stage, b, t, v, g,
     N: gl.constexpr, PAIR: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
-    """Start copying what chunk i of both passes needs into a stage."""
-    t = first + gl.where(i < summed, i - ahead, i - summed) * Q
-    walking = i >= summed
-    mbarrier.expect(bar, (N + PAIR * Q) * Q * 2, pred=i < summed)
-    mbarrier.expect(bar, (2 * N + (2 if GATED else 1) * PAIR * Q) * Q * 2, pred=walking)
-    _load(B_desc, [b, t, g * N], bar, Bs.index(stage))
-    _load(C_desc, [b, t, g * N], bar, Cs.index(stage), pred=walking)
+    """Start copying what a chunk of the second pass needs into a stage."""
+    mbarrier.expect(bar, (2 * N + (2 if GATED else 1) * PAIR * Q) * Q * 2)
+    states = of_state(arena, N)
+    _load(B_desc, [b, t, g * N], bar, states.index(2 * stage))
+    _load(C_desc, [b, t, g * N], bar, states.index(2 * stage + 1))
+    EACH: gl.constexpr = PAIR * (2 if GATED else 1)
+    LAST: gl.constexpr = arena.shape[0] - EACH
     for k in gl.static_range(PAIR):
-        slot = stage * PAIR + k
-        _load(x_desc, [b, t, (v + k) * Q], bar, xs.index(slot))
+        _load(x_desc, [b, t, (v + k) * Q], bar, arena.index(LAST + k - stage * EACH))
         if GATED:
-            _load(z_desc, [b, t, (v + k) * Q], bar, zs.index(slot), pred=walking)
+            _load(z_desc, [b, t, (v + k) * Q], bar, arena.index(LAST + (PAIR + k) - stage * EACH))
+
+
+@gluon.jit
+def first_stage(summed, PAIR: gl.constexpr, STAGES: gl.constexpr):
+    """Where the second pass begins: a lone walker's, which is as fast as loads are, goes on through the same stages."""
+    return summed % STAGES if PAIR == 1 else summed * 0
+
+
+@gluon.jit
+def first_phase(summed, PAIR: gl.constexpr, STAGES: gl.constexpr):
+    """How often its stage has been in use, by parity."""
+    return summed // STAGES & 1 if PAIR == 1 else summed * 0
 
 
 @gluon.jit
 def load_role(
-    begun, x_desc, B_desc, C_desc, z_desc, x_ptr, stride_x_t, tokens, second, xs, Bs, Cs, zs, full, walked, b, first, v,
-    g, ahead, summed, chunks,
-    N: gl.constexpr, PAIR: gl.constexpr, GATED: gl.constexpr, STAGES: gl.constexpr,
+    begun, x_desc, B_desc, C_desc, z_desc, x_ptr, stride_x_t, tokens, second, arena, came, summed_up, full, walked,
+    walking, going, b, first, v, g, ahead, summed, chunks,
+    N: gl.constexpr, PAIR: gl.constexpr, GATED: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr,
+    DEEP: gl.constexpr, FIRST_EACH: gl.constexpr,
 ):  # fmt: skip
-    stage = 1  # the first chunk's has been started before there were roles
-    phase = 0
     line = gl.arange(0, PAIR * Q, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     beside = line // Q * Q * second.to(gl.int32)
     mbarrier.wait(begun, 0)
-    for i in range(1, summed + chunks):
-        if i + EARLY < summed:  # B is in the L2 cache mostly, where another slice's block has asked for it
-            t = gl.minimum((i + EARLY - ahead) * Q + line % Q, tokens - 1)
-            prefetch(x_ptr + (t.to(gl.int64) * stride_x_t + beside))
+    stage = 1  # the first chunk's has been started before there were roles
+    phase = 0
+    if SPLIT:
+        slot = 1  # the first chunk's has been started before there were roles
+        lap = 0
+        for i in range(1, summed):
+            if i + EARLY < summed:  # B is in the L2 cache mostly, where another slice's block has asked for it
+                t = gl.minimum((i + EARLY - ahead) * Q + line % Q, tokens - 1)
+                prefetch(x_ptr + (t.to(gl.int64) * stride_x_t + beside))
+            mbarrier.wait(summed_up.index(slot), lap ^ 1)
+            t = first + (i - ahead) * Q
+            load_first(x_desc, B_desc, arena, came.index(slot), slot, b, t, v, g, True, N, PAIR, FIRST_EACH)
+            slot, lap = _advance(slot, lap, DEEP)
+        if PAIR == 2:
+            # The walkers' fence would wait for these loads too, and a later segment's block for the walkers.
+            mbarrier.wait(going, 0)
+        stage = first_stage(summed, PAIR, STAGES)
+        phase = first_phase(summed, PAIR, STAGES)
+    for c in range(0 if SPLIT else 1, chunks):
         mbarrier.wait(walked.index(stage), phase ^ 1)
-        load_chunk(x_desc, B_desc, C_desc, z_desc, xs, Bs, Cs, zs, full.index(stage), stage, b, first, v, g, i, ahead,
-                   summed, N, PAIR, GATED)  # fmt: skip
+        load_second(x_desc, B_desc, C_desc, z_desc, arena, full.index(stage), stage, b, first + c * Q, v, g, N, PAIR,
+                    GATED)  # fmt: skip
         stage, phase = _advance(stage, phase, STAGES)
 
 
@@ -73,8 +118,11 @@ def store_role(
     if SPLIT:
         mbarrier.wait(walking, 0)
     place = 0
-    stage = summed % STAGES
-    phase = summed // STAGES & 1
+    stage = 0
+    phase = 0
+    if SPLIT:
+        stage = first_stage(summed, PAIR, STAGES)
+        phase = first_phase(summed, PAIR, STAGES)
     for c in range(chunks):
         mbarrier.wait(walked.index(stage), phase)
         stage, phase = _advance(stage, phase, STAGES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from fastmamba.kernels._ssd_hopper_terms import GROUP, SPAN, Q, sync_threads
 
@@ -82,7 +83,7 @@ def _ways(b, v, v1, slices, seg, segments, parts, handed_ptr, sync_ptr, N: gl.co
 @gluon.jit
 def _hand_over(
     state, decay, at, init_ptr, handed_ptr, handed_row, passed_ptr, flag_ptr, state_row, seg, segments, N: gl.constexpr,
-    kept=None, decay_before=None, ahead=0,
+    kept=None, decay_before=None, ahead=0, going=None,
 ):  # fmt: skip
     """The state before a block's segment, [P, N], given what its first pass adds, which goes to the blocks after.
 
@@ -90,6 +91,7 @@ def _hand_over(
     segment waits for first passes, which all end at the same time, and for another's sum only once in SPAN segments.
     `state` is what the first pass adds, `decay` [P] what it leaves of an earlier state. Where that pass began `ahead`
     chunks before the segment, `kept` is where what it had added until then is, `decay_before` [P] what it had left.
+    `going` is told when nothing is left to be fenced.
     """
     element: gl.constexpr = handed_ptr.dtype.element_ty
     layout: gl.constexpr = state.type.layout
@@ -103,6 +105,8 @@ def _hand_over(
         if place + 1 < SPAN:
             sync_threads()  # every thread's part is written before the flag rises
             gl.atomic_xchg(flag_ptr, 1, sem="release")
+    if going is not None:
+        mbarrier.arrive(going, count=1)
     whole = hands & (place + 1 == SPAN)
     if kept is not None:  # on its way while this block waits for others; for a whole state later
         before = gl.load(_places(kept, N, layout), mask=(ahead > 0) & ~whole, other=0.0).to(gl.float32)

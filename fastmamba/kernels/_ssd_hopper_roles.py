@@ -3,10 +3,13 @@
 Scores and walkers are here, the loader and the store in `_ssd_hopper_copies`, the decays in `_ssd_hopper_decays`.
 They all meet at mbarriers in shared memory, in pairs, one for each direction:
 
+    came, summed_up    a slot holds x and B of a chunk of the first pass; the walkers are through with them. Of a lone
+                       walker they are `full` and `walked`
     full, walked       a stage holds a chunk of x, B, C and z; the walkers are through with the chunk
     known, unknown     the decays of four chunks are there; nobody needs them any more
     scored, walked     G of a chunk, and what each token adds to its own output, are there
     walked, unready    y of a chunk is there; it is on its way to global memory
+    going              two walkers have handed on their states: loads of the second pass may start
     walking            the walkers are through with the first pass (in which the scores and the store have no part)
     begun              the barriers are initialised, by the scores
     asked              dt of the first four chunks is there, where the scores' warps load it
@@ -26,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fastmamba.kernels._ssd_hopper_copies import fence_inits
+from fastmamba.kernels._ssd_hopper_copies import fence_inits, first_phase, first_stage, of_state
 from fastmamba.kernels._ssd_hopper_decays import _numbers, _weights
 from fastmamba.kernels._ssd_hopper_halves import _packed, _product, _rounded, _silu, _sum_of_products, _unpacked, _widen
 from fastmamba.kernels._ssd_hopper_handover import _hand_over, _places
@@ -43,10 +46,10 @@ from fastmamba.kernels._ssd_hopper_terms import (
 
 
 @gluon.jit
-def _products(Bs, Cs, stage, N: gl.constexpr, mma: gl.constexpr):
+def _products(states, stage, N: gl.constexpr, mma: gl.constexpr):
     """Start C B^T of a chunk, [t, s]."""
-    C = Cs.index(stage).reshape([Q, N])
-    B = Bs.index(stage).reshape([Q, N])
+    C = states.index(2 * stage + 1).reshape([Q, N])
+    B = states.index(2 * stage).reshape([Q, N])
     return warpgroup_mma(C, B.permute([1, 0]), gl.zeros((Q, Q), gl.float32, mma), use_acc=False, is_async=True)
 
 
@@ -102,8 +105,7 @@ def scores_role(
     first_dt1,
     dts,
     asked,
-    Bs,
-    Cs,
+    arena,
     nums,
     G0,
     G1,
@@ -112,29 +114,40 @@ def scores_role(
     D_ptr,
     D0,
     D1,
+    came,
+    summed_up,
     full,
     known,
     unknown,
     scored,
     walked,
     walking,
+    going,
     summed,
     chunks,
+    N: gl.constexpr,
     PAIR: gl.constexpr,
     RELAXED: gl.constexpr,
     SPLIT: gl.constexpr,
     STAGES: gl.constexpr,
+    DEEP: gl.constexpr,
     HEADS: gl.constexpr,
     PER_CHANNEL: gl.constexpr,
 ):
-    dtype: gl.constexpr = Bs.dtype
-    N: gl.constexpr = Bs.shape[3]
+    dtype: gl.constexpr = arena.dtype
+    states = of_state(arena, N)
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     # The other roles' first instructions and numbers are on their way meanwhile.
     mbarrier.init(walking, count=PAIR)
-    for i in gl.static_range(STAGES if STAGES > 2 else 2):  # one of a kind at a time: Triton puts a barrier between two
-        if i < STAGES:
+    if SPLIT and PAIR == 2:
+        mbarrier.init(going, count=2)
+    for i in gl.static_range(DEEP):  # one of a kind at a time: Triton puts a barrier between two
+        if SPLIT and PAIR == 2:
             if i > 0:
+                mbarrier.init(came.index(i), count=1)
+            mbarrier.init(summed_up.index(i), count=PAIR)  # the walkers
+        if i < STAGES:
+            if i > 0 or SPLIT and PAIR == 2:
                 mbarrier.init(full.index(i), count=1)
             mbarrier.init(walked.index(i), count=PAIR)  # the walkers
         if i < 2:
@@ -160,10 +173,15 @@ def scores_role(
         skip1 = gl.load(D_ptr + D1).to(gl.float32)
     if SPLIT:
         mbarrier.wait(walking, 0)
-    stage = summed % STAGES
-    phase = summed // STAGES & 1
-    before = stage  # where the chunk before the last was
-    passed = phase
+    stage = 0
+    phase = 0
+    before = 0  # where the last chunk was that the walkers must be through with
+    passed = 0
+    if SPLIT:
+        stage = first_stage(summed, PAIR, STAGES)
+        phase = first_phase(summed, PAIR, STAGES)
+        before = first_stage(summed, PAIR, STAGES)
+        passed = first_phase(summed, PAIR, STAGES)
     groups = (summed + GROUP - 1) // GROUP
     group = groups & 1
     unneeded = group
@@ -171,7 +189,7 @@ def scores_role(
     buffer = 0
     for c in range(chunks):
         mbarrier.wait(full.index(stage), phase)
-        products = _products(Bs, Cs, stage, N, mma)
+        products = _products(states, stage, N, mma)
         mbarrier.wait(known.index(group), turn)
         mbarrier.wait(walked.index(before), passed, pred=c >= 2)  # G's place is free
         if c >= 2:
@@ -209,10 +227,10 @@ def scores_role(
 
 
 @gluon.jit
-def _fetch(k: gl.constexpr, xs, full, stage, phase, there, PAIR: gl.constexpr, layout: gl.constexpr):
+def _fetch(k: gl.constexpr, xs, full, stage, phase, there, EACH: gl.constexpr, layout: gl.constexpr):
     """x^T [P, Q] of a chunk in registers; anything, where `there` says that it is not there."""
     mbarrier.wait(full.index(stage), phase, pred=there)
-    return xs.index(stage * PAIR + k).reshape([Q, Q]).permute([1, 0]).load(layout)
+    return xs.index(stage * EACH + k).reshape([Q, Q]).permute([1, 0]).load(layout)
 
 
 @gluon.jit
@@ -243,14 +261,13 @@ def walk_role(
     handed_ptr,
     passed_ptr,
     flag_ptr,
-    xs,
-    Bs,
-    Cs,
-    zs,
+    arena,
     nums,
     G,
     owns,
     ys,
+    came,
+    summed_up,
     full,
     known,
     unknown,
@@ -258,6 +275,7 @@ def walk_role(
     walked,
     unready,
     walking,
+    going,
     there,  # whether the slice is there: a group of an odd number of slices leaves one over
     state_row,
     handed_row,
@@ -274,12 +292,14 @@ def walk_role(
     STORE_FINAL: gl.constexpr,
     SPLIT: gl.constexpr,
     STAGES: gl.constexpr,
+    DEEP: gl.constexpr,
     Y_SCALE: gl.constexpr,
     HEADS: gl.constexpr,
     PER_CHANNEL: gl.constexpr,
 ):
     head: gl.constexpr = k if HEADS == 2 else 0
-    dtype: gl.constexpr = Bs.dtype
+    dtype: gl.constexpr = arena.dtype
+    states = of_state(arena, N)
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     wide: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
     narrow: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
@@ -290,16 +310,19 @@ def walk_role(
     n = gl.arange(0, N, gl.SliceLayout(0, wide))
     at = p[:, None] * N + n[None, :]
     state = gl.zeros((Q, N), gl.float32, wide)
-    stage = 0
-    phase = 0
     group = 0
     turn = 0
+    EACH: gl.constexpr = PAIR * (2 if GATED else 1)  # tiles of x and z from one stage to the one before
     if SPLIT:
+        FIRST_EACH: gl.constexpr = EACH if PAIR == 1 else PAIR  # tiles of x from one slot to the one before
+        FIRST: gl.constexpr = arena.shape[0] - FIRST_EACH + k
+        slot = 0
+        phase = 0
         decay = gl.full([Q], 1.0, gl.float32, gl.SliceLayout(1, wide))
         before_segment = decay
         element: gl.constexpr = handed_ptr.dtype.element_ty
         kept = handed_ptr + parts.to(gl.int64) * (Q * N) + handed_row
-        xT = _fetch(k, xs, full, stage, phase, summed > 0, PAIR, narrow)
+        xT = _fetch(FIRST, arena, came, slot, phase, summed > 0, -FIRST_EACH, narrow)
         mbarrier.wait(known.index(group), turn, pred=summed > 0)
         left, rest = _weights(nums, head, group, 0, dtype, gl.SliceLayout(0, narrow))
         part = _product(xT, rest[None, :])
@@ -310,21 +333,23 @@ def walk_role(
                     decay *= total
                     state *= total[:, None]
                 weighted = _sum_of_products(xT, left[None, :], part)
-                sum = warpgroup_mma(weighted, Bs.index(stage).reshape([Q, N]), state, is_async=True)
-                used = stage
-                stage, phase = _advance(stage, phase, STAGES)
+                sum = warpgroup_mma(weighted, states.index(slot * (3 - PAIR)).reshape([Q, N]), state, is_async=True)
+                used = slot
+                slot, phase = _advance(slot, phase, DEEP)
                 last = (c % GROUP == GROUP - 1) | (c + 1 == summed)
                 unneeded = group
                 if last:
                     group, turn = _advance(group, turn, 2)
                 # While the product runs, all but the last: what ptxas sees written while one runs, it waits for.
-                xT = _fetch(k, xs, full, stage, phase, c + 1 < summed, PAIR, narrow)
+                xT = _fetch(FIRST, arena, came, slot, phase, c + 1 < summed, -FIRST_EACH, narrow)
                 mbarrier.wait(known.index(group), turn, pred=c + 1 < summed)
-                left, rest = _weights(nums, head, group, c + 1, dtype, gl.SliceLayout(0, narrow))
+                after = gl.where(c + 1 < summed, c + 1, c)  # where there is none after, nobody needs what is read
+                there_are = gl.where(c + 1 < summed, group, unneeded)
+                left, rest = _weights(nums, head, there_are, after, dtype, gl.SliceLayout(0, narrow))
                 part = _product(xT, rest[None, :])
-                total = _numbers(nums, head, group, c + 1, _TOTAL).load(gl.SliceLayout(1, wide))
+                total = _numbers(nums, head, there_are, after, _TOTAL).load(gl.SliceLayout(1, wide))
                 state = warpgroup_mma_wait(0, [sum])
-                mbarrier.arrive(walked.index(used), count=1)
+                mbarrier.arrive(summed_up.index(used), count=1)
                 if last:
                     mbarrier.arrive(unknown.index(unneeded), count=1)
             if half == 0:
@@ -332,9 +357,12 @@ def walk_role(
                 if there & (ahead > 0):  # what of the segment's first state this block itself has summed up
                     gl.store(_places(kept, N, wide), state.to(element))
         mbarrier.arrive(walking, count=1)
+        if PAIR == 2:
+            if not there:
+                mbarrier.arrive(going, count=1)
         if there:
             state = _hand_over(state, decay, at, init_ptr, handed_ptr, handed_row, passed_ptr, flag_ptr, state_row, seg,
-                               segments, N, kept, before_segment, ahead)  # fmt: skip
+                               segments, N, kept, before_segment, ahead, going if PAIR == 2 else None)  # fmt: skip
     elif init_ptr is not None:
         if there:
             state = gl.load(init_ptr + state_row + at).to(gl.float32)
@@ -347,7 +375,13 @@ def walk_role(
     lap = 0
     place = k
     stored = 0
-    pairs = _packed(_fetch(k, xs, full, stage, phase, True, PAIR, narrow))
+    stage = 0
+    phase = 0
+    if SPLIT:
+        stage = first_stage(summed, PAIR, STAGES)
+        phase = first_phase(summed, PAIR, STAGES)
+    AT: gl.constexpr = arena.shape[0] - EACH + k
+    pairs = _packed(_fetch(AT, arena, full, stage, phase, True, -EACH, narrow))
     mbarrier.wait(known.index(group), turn)
     for c in range(chunks):
         # With nothing, which ptxas does not know: it would see x written that a product under way is to read next.
@@ -358,10 +392,10 @@ def walk_role(
         zeros = gl.zeros((Q, Q), gl.float32, mma)
         before = gl.convert_layout(state.to(dtype), narrow_state)
         state *= total[:, None]
-        C = Cs.index(stage).reshape([Q, N])
+        C = states.index(2 * stage + 1).reshape([Q, N])
         # The state needs nothing of y: both products are under way before either is waited for.
         y = warpgroup_mma(before, C.permute([1, 0]), zeros, use_acc=False, is_async=True)
-        sum = warpgroup_mma(weighted, Bs.index(stage).reshape([Q, N]), state, is_async=True)
+        sum = warpgroup_mma(weighted, states.index(2 * stage).reshape([Q, N]), state, is_async=True)
         if PAIR == 1:  # with two there are not the registers to have this ready before
             mbarrier.wait(scored.index(buffer), lap)
             since, own = _beside(head, xT, owns.index(buffer), D, nums, group, c, mma, PER_CHANNEL)
@@ -377,10 +411,10 @@ def walk_role(
             group, turn = _advance(group, turn, 2)
         used = stage
         stage, phase = _advance(stage, phase, STAGES)
-        pairs = _packed(_fetch(k, xs, full, stage, phase, c + 1 < chunks, PAIR, narrow))
+        pairs = _packed(_fetch(AT, arena, full, stage, phase, c + 1 < chunks, -EACH, narrow))
         mbarrier.wait(known.index(group), turn, pred=c + 1 < chunks)
         if GATED:
-            z = zs.index(used * PAIR + k).reshape([Q, Q]).permute([1, 0]).load(narrow)
+            z = arena.index(AT + PAIR - used * EACH).reshape([Q, Q]).permute([1, 0]).load(narrow)
             gate = _silu(gl.convert_layout(_widen(z), mma))
         y = warpgroup_mma_wait(0, [y])
         if GATED:

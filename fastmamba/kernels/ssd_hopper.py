@@ -41,7 +41,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from fastmamba.configs import SsdConfig
 from fastmamba.kernels._launch import Launcher
 from fastmamba.kernels._scores import chunk_scores
-from fastmamba.kernels._ssd_hopper_copies import fence_inits, load_chunk, load_role, prefetch, store_role
+from fastmamba.kernels._ssd_hopper_copies import fence_inits, load_first, load_role, load_second, prefetch, store_role
 from fastmamba.kernels._ssd_hopper_decays import decays_role, load_bits
 from fastmamba.kernels._ssd_hopper_handover import _ahead, _ways
 from fastmamba.kernels._ssd_hopper_roles import scores_role, walk_role
@@ -124,12 +124,13 @@ def _kernel(
     head1 = v1 // SLICES
 
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=3)
-    xs = gl.allocate_shared_memory(dtype, [STAGES * PAIR, 1, Q, Q], tile)
-    Bs = gl.allocate_shared_memory(dtype, [STAGES, 1, Q, N], tile)
-    Cs = gl.allocate_shared_memory(dtype, [STAGES, 1, Q, N], tile)
-    zs = xs
-    if GATED:
-        zs = gl.allocate_shared_memory(dtype, [STAGES * PAIR, 1, Q, Q], tile)
+    # Tiles of B and C of each stage, and from the end on of x and z. The first pass of two slices lasts as long as its
+    # loads take: there they are slots for B and, from the end on, for x.
+    USED: gl.constexpr = STAGES * (2 * N // Q + PAIR * (2 if GATED else 1))
+    TILES: gl.constexpr = (USED + 1) // 2 * 2
+    DEEP: gl.constexpr = STAGES if PAIR == 1 else TILES // (N // Q + PAIR)
+    FIRST_EACH: gl.constexpr = PAIR if PAIR == 2 or not GATED else 2
+    arena = gl.allocate_shared_memory(dtype, [TILES, 1, Q, Q], tile)
     # Two memories: Triton would put a barrier between stores to parts of one.
     square: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     G0 = gl.allocate_shared_memory(dtype, [2, Q, Q], square)
@@ -148,9 +149,15 @@ def _kernel(
     begun = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     walked = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    came = full
+    summed_up = walked
+    if PAIR == 2:
+        came = gl.allocate_shared_memory(gl.int64, [DEEP, 1], mbarrier.MBarrierLayout())
+        summed_up = gl.allocate_shared_memory(gl.int64, [DEEP, 1], mbarrier.MBarrierLayout())
     known = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     unknown = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     walking = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    going = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     scored = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     unready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     x_at = x_ptr + (b.to(gl.int64) * stride_x_b + first.to(gl.int64) * stride_x_t + v * Q)
@@ -174,13 +181,16 @@ def _kernel(
     prefetch(A_ptr + head0)
     if bias_ptr is not None:
         prefetch(bias_ptr + head0)
-    mbarrier.init(full.index(0), count=1)
+    mbarrier.init(came.index(0) if SPLIT else full.index(0), count=1)
     mbarrier.init(begun, count=1)
     mbarrier.init(asked, count=1)
     fence_inits(T)
     sync_threads()
-    load_chunk(x_desc, B_desc, C_desc, z_desc, xs, Bs, Cs, zs, full.index(0), 0, b, first, v, g, 0, ahead, summed, N,
-               PAIR, GATED)  # fmt: skip
+    if SPLIT:
+        t = first - ahead * Q
+        load_first(x_desc, B_desc, arena, came.index(0), 0, b, t, v, g, summed > 0, N, PAIR, FIRST_EACH)
+    else:
+        load_second(x_desc, B_desc, C_desc, z_desc, arena, full.index(0), 0, b, first, v, g, N, PAIR, GATED)
 
     if SPLIT or PAIR == 1:
         prefetch(dt0 + soon)
@@ -198,19 +208,22 @@ def _kernel(
     if PAIR == 2:
         gl.warp_specialize(
             [
-                (scores_role, (begun, unready, first_dt0, first_dt1, dts, asked, Bs, Cs, nums, G0, G1, own0, own1,
-                               D_ptr, D0, D1, full, known, unknown, scored, walked, walking, summed, chunks, PAIR,
-                               RELAXED, SPLIT, STAGES, HEADS, PER_CHANNEL)),
-                (walk_role, (gl.constexpr(0), begun, D_ptr, D0, init_ptr, final_ptr, handed_ptr, passed, flag, xs, Bs,
-                             Cs, zs, nums, G0, own0, ys, full, known, unknown, scored, walked, unready, walking, v >= 0,
-                             state_row, handed_row, parts, stride_D_p, seg, segments, ahead, summed, chunks, N, PAIR,
-                             GATED, STORE_FINAL, SPLIT, STAGES, Y_SCALE, HEADS, PER_CHANNEL)),
-                (walk_role, (gl.constexpr(1), begun, D_ptr, D1, init_ptr, final_ptr, handed_ptr, passed1, flag1, xs, Bs,
-                             Cs, zs, nums, G1, own1, ys, full, known, unknown, scored, walked, unready, walking, second,
-                             state_row1, handed_row1, parts, stride_D_p, seg, segments, ahead, summed, chunks, N, PAIR,
-                             GATED, STORE_FINAL, SPLIT, STAGES, Y_SCALE, HEADS, PER_CHANNEL)),
-                (load_role, (begun, x_desc, B_desc, C_desc, z_desc, x_at, stride_x_t, tokens, second, xs, Bs, Cs, zs,
-                             full, walked, b, first, v, g, ahead, summed, chunks, N, PAIR, GATED, STAGES)),
+                (scores_role, (begun, unready, first_dt0, first_dt1, dts, asked, arena, nums, G0, G1, own0, own1, D_ptr,
+                               D0, D1, came, summed_up, full, known, unknown, scored, walked, walking, going, summed,
+                               chunks, N, PAIR, RELAXED, SPLIT, STAGES, DEEP, HEADS, PER_CHANNEL)),
+                (walk_role, (gl.constexpr(0), begun, D_ptr, D0, init_ptr, final_ptr, handed_ptr, passed, flag, arena,
+                             nums, G0, own0, ys, came, summed_up, full, known, unknown, scored, walked, unready,
+                             walking, going, v >= 0, state_row, handed_row, parts, stride_D_p, seg, segments, ahead,
+                             summed, chunks, N, PAIR, GATED, STORE_FINAL, SPLIT, STAGES, DEEP, Y_SCALE, HEADS,
+                             PER_CHANNEL)),
+                (walk_role, (gl.constexpr(1), begun, D_ptr, D1, init_ptr, final_ptr, handed_ptr, passed1, flag1, arena,
+                             nums, G1, own1, ys, came, summed_up, full, known, unknown, scored, walked, unready,
+                             walking, going, second, state_row1, handed_row1, parts, stride_D_p, seg, segments, ahead,
+                             summed, chunks, N, PAIR, GATED, STORE_FINAL, SPLIT, STAGES, DEEP, Y_SCALE, HEADS,
+                             PER_CHANNEL)),
+                (load_role, (begun, x_desc, B_desc, C_desc, z_desc, x_at, stride_x_t, tokens, second, arena, came,
+                             summed_up, full, walked, walking, going, b, first, v, g, ahead, summed, chunks, N, PAIR,
+                             GATED, SPLIT, STAGES, DEEP, FIRST_EACH)),
                 (decays_role, (gl.constexpr(0), dt0, A_ptr, bias_ptr, head0, nums, known, unknown, stride_dt_t, dt_min,
                                dt_max, tokens, ahead, summed, chunks, SOFTPLUS, CLAMP, PAIR, SPLIT, LOG_A, HEADS, dtype,
                                begun, dts, asked)),
@@ -227,18 +240,20 @@ def _kernel(
     else:
         gl.warp_specialize(
             [
-                (scores_role, (begun, unready, first_dt0, first_dt1, dts, asked, Bs, Cs, nums, G0, G1, own0, own1,
-                               D_ptr, D0, D1, full, known, unknown, scored, walked, walking, summed, chunks, PAIR,
-                               RELAXED, SPLIT, STAGES, HEADS, PER_CHANNEL)),
-                (walk_role, (gl.constexpr(0), begun, D_ptr, D0, init_ptr, final_ptr, handed_ptr, passed, flag, xs, Bs,
-                             Cs, zs, nums, G0, own0, ys, full, known, unknown, scored, walked, unready, walking, v >= 0,
-                             state_row, handed_row, parts, stride_D_p, seg, segments, ahead, summed, chunks, N, PAIR,
-                             GATED, STORE_FINAL, SPLIT, STAGES, Y_SCALE, HEADS, PER_CHANNEL)),
+                (scores_role, (begun, unready, first_dt0, first_dt1, dts, asked, arena, nums, G0, G1, own0, own1, D_ptr,
+                               D0, D1, came, summed_up, full, known, unknown, scored, walked, walking, going, summed,
+                               chunks, N, PAIR, RELAXED, SPLIT, STAGES, DEEP, HEADS, PER_CHANNEL)),
+                (walk_role, (gl.constexpr(0), begun, D_ptr, D0, init_ptr, final_ptr, handed_ptr, passed, flag, arena,
+                             nums, G0, own0, ys, came, summed_up, full, known, unknown, scored, walked, unready,
+                             walking, going, v >= 0, state_row, handed_row, parts, stride_D_p, seg, segments, ahead,
+                             summed, chunks, N, PAIR, GATED, STORE_FINAL, SPLIT, STAGES, DEEP, Y_SCALE, HEADS,
+                             PER_CHANNEL)),
                 (decays_role, (gl.constexpr(0), dt0, A_ptr, bias_ptr, head0, nums, known, unknown, stride_dt_t, dt_min,
                                dt_max, tokens, ahead, summed, chunks, SOFTPLUS, CLAMP, PAIR, SPLIT, LOG_A, HEADS, dtype,
                                begun, dts, asked)),
-                (load_role, (begun, x_desc, B_desc, C_desc, z_desc, x_at, stride_x_t, tokens, second, xs, Bs, Cs, zs,
-                             full, walked, b, first, v, g, ahead, summed, chunks, N, PAIR, GATED, STAGES)),
+                (load_role, (begun, x_desc, B_desc, C_desc, z_desc, x_at, stride_x_t, tokens, second, arena, came,
+                             summed_up, full, walked, walking, going, b, first, v, g, ahead, summed, chunks, N, PAIR,
+                             GATED, SPLIT, STAGES, DEEP, FIRST_EACH)),
                 (store_role, (begun, y_desc, ys, walked, unready, walking, b, first, v, second, summed, chunks, PAIR,
                               SPLIT, STAGES)),
             ],
