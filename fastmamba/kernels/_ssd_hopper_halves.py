@@ -5,8 +5,6 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from fastmamba.kernels._ssd_hopper_terms import Q
-
 
 @gluon.jit
 def _split(v, dtype: gl.constexpr):
@@ -38,23 +36,29 @@ def _sum_of_products(v, value, rest):
 @gluon.jit
 def _packed(xT):
     """Two neighbours of half precision as one int32, for a loop to carry: halves would take a register each."""
-    low, high = xT.reshape([Q, Q // 2, 2]).split()
+    low, high = xT.reshape([xT.shape[0], xT.shape[1] // 2, 2]).split()
     low = low.to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF
     return low | (high.to(gl.int16, bitcast=True).to(gl.int32) << 16)
 
 
 @gluon.jit
-def _unpacked(pairs, dtype: gl.constexpr, layout: gl.constexpr):
-    """x^T again."""
+def _halves(pairs, dtype: gl.constexpr):
+    """Of what is `_packed`, the halves, in a layout that follows."""
     low = pairs.to(gl.int16).to(dtype, bitcast=True)
     high = (pairs >> 16).to(gl.int16).to(dtype, bitcast=True)
-    return gl.convert_layout(gl.join(low, high).reshape([Q, Q]), layout, assert_trivial=True)
+    return gl.join(low, high).reshape([pairs.shape[0], 2 * pairs.shape[1]])
+
+
+@gluon.jit
+def _unpacked(pairs, dtype: gl.constexpr, layout: gl.constexpr):
+    """x^T again."""
+    return gl.convert_layout(_halves(pairs, dtype), layout, assert_trivial=True)
 
 
 @gluon.jit
 def _rounded(v, dtype: gl.constexpr):
-    """A float32 [64, 64] in half precision, `_packed`."""
-    low, high = v.reshape([Q, Q // 2, 2]).split()
+    """A float32 tensor in half precision, `_packed`."""
+    low, high = v.reshape([v.shape[0], v.shape[1] // 2, 2]).split()
     if dtype == gl.bfloat16:
         code: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
     else:

@@ -3,20 +3,19 @@
 The states of both take all the registers that two walkers can have. So C B^T comes from a launch before this one, which
 works it out once for all heads of a group, and one role of four warps makes all numbers out of it and dt:
 
-    loader     1 warp   x, B and C of a chunk into a stage; z of the chunk before
+    loader     1 warp   B and C of a chunk into a stage, x of the first ones
     numbers    4 warps  decays, four chunks at a time; G = (C B^T) * decay, while C B^T of the next chunks comes
     walkers    4 + 4    one slice each, the state in registers: y^T = S C^T in quarters of the state, as there are few
                         registers to round it in; then y^T += x^T G^T, and S = S * decay + (x w)^T B beside y's way out
-    store      1 warp   sends y on its way from where x was
+    store      1 warp   sends y on its way from where x was, then asks for the next x there, and for z
 
     came, summed_up     x and B of a chunk of the first pass are there; the walkers are through with them
     walking             the walkers are through with the first pass
-    full, walked        x, B and C of a chunk are there; the walkers are through with them, with G and z, and y is there
-    stored              y is out of the place of an x
+    begun, read         C of a chunk is there; the walkers are through with it and with G
+    full, walked        x, B and G of a chunk are there; a walker is through with it, and its y is where x was
     known, unknown      the decays of four chunks are there; the walkers are through with them
     there               C B^T of a chunk is there
-    scored, walked      G of a chunk is there
-    gated, walked       z of a chunk is there
+    gated, walked       z of a walker's chunk is there
 """
 
 from __future__ import annotations
@@ -33,7 +32,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from fastmamba.kernels._ssd_hopper_copies import prefetch
 from fastmamba.kernels._ssd_hopper_decays import _factor, _numbers, _running, _weights
-from fastmamba.kernels._ssd_hopper_halves import _product, _split, _sum_of_products, _widen
+from fastmamba.kernels._ssd_hopper_halves import (
+    _halves,
+    _packed,
+    _product,
+    _rounded,
+    _split,
+    _sum_of_products,
+    _widen,
+)
 from fastmamba.kernels._ssd_hopper_handover import _ahead, _hand_over, _places, _ways
 from fastmamba.kernels._ssd_hopper_roles import _fetch
 from fastmamba.kernels._ssd_hopper_terms import (
@@ -72,23 +79,31 @@ def _load_first(x_desc, B_desc, xs, Bs, bar, slot, b, t, v, g, there):
 
 
 @gluon.jit
-def _load_second(x_desc, B_desc, C_desc, xs, Bs, Cs, stored, bar, c, b, t, v, g):
-    """Start copying what chunk c of the second pass needs."""
-    stage = c % STAGES
-    mbarrier.expect(bar, (2 * N + 2 * Q) * Q * 2)
+def _load_C(C_desc, Cs, bar, stage, b, t, g):
+    """Start copying C of a chunk of the second pass: the second half of the tiles."""
+    mbarrier.expect(bar, N * Q * 2)
     for k in gl.static_range(4):
         _load(C_desc, [b, t, g * N + k * Q], bar, Cs.index(4 * (STAGES + stage) + k))
-    mbarrier.wait(stored.index(stage), (c // STAGES & 1) ^ 1)  # y of the chunk before the last is out of the place of x
-    for k in gl.static_range(2):
-        _load(x_desc, [b, t, (v + k) * Q], bar, xs.index(2 * stage + k))
+
+
+@gluon.jit
+def _load_B(B_desc, Bs, bar, stage, b, t, g):
+    mbarrier.expect(bar, N * Q * 2)
     _load(B_desc, [b, t, g * N], bar, Bs.index(stage))
 
 
 @gluon.jit
+def _load_slice(desc, places, bar, place, b, t, slice, there=True):
+    """Start copying x or z of a walker's chunk."""
+    mbarrier.expect(bar, Q * Q * 2, pred=there)
+    _load(desc, [b, t, slice * Q], bar, places.index(place), pred=there)
+
+
+@gluon.jit
 def _load_role(
-    x_desc, B_desc, C_desc, z_desc, xs, Bs, Cs, zs, came, summed_up, full, walked, stored, gated, walking, b, first, v,
-    g, ahead, summed, chunks,
-    GATED: gl.constexpr, SPLIT: gl.constexpr,
+    x_desc, B_desc, C_desc, xs, Bs, Cs, came, summed_up, begun, read, full, walked, walking, b, first, v, g, ahead,
+    summed, chunks,
+    SPLIT: gl.constexpr,
 ):  # fmt: skip
     if SPLIT:  # the first chunk has been started before there were roles
         for i in range(1, summed):
@@ -96,27 +111,40 @@ def _load_role(
             mbarrier.wait(summed_up.index(slot), (i // DEEP & 1) ^ 1)
             _load_first(x_desc, B_desc, xs, Bs, came.index(slot), slot, b, first + (i - ahead) * Q, v, g, True)
         mbarrier.wait(walking, 0)
-    for c in range(0 if SPLIT else 1, chunks + (1 if GATED else 0)):
-        mbarrier.wait(walked.index(c % STAGES), (c // STAGES & 1) ^ 1)
-        if GATED:  # there is room for one z, and the chunk before the last is done with it
-            mbarrier.expect(gated, 2 * Q * Q * 2, pred=c > 0)
-            for k in gl.static_range(2):
-                _load(z_desc, [b, first + (c - 1) * Q, (v + k) * Q], gated, zs.index(k), pred=c > 0)
-        if not GATED or c < chunks:
-            _load_second(x_desc, B_desc, C_desc, xs, Bs, Cs, stored, full.index(c % STAGES), c, b, first + c * Q, v, g)
+    for c in range(0 if SPLIT else 1, chunks):
+        stage = c % STAGES
+        free = (c // STAGES & 1) ^ 1
+        t = first + c * Q
+        mbarrier.wait(read.index(stage), free)
+        _load_C(C_desc, Cs, begun.index(stage), stage, b, t, g)
+        for k in gl.static_range(2):
+            mbarrier.wait(walked.index(2 * stage + k), free)
+            _load_slice(x_desc, xs, full.index(stage), 2 * stage + k, b, t, v + k, c < STAGES)
+        _load_B(B_desc, Bs, full.index(stage), stage, b, t, g)
 
 
 @gluon.jit
-def _store_role(y_desc, xs, walked, stored, b, first, v, second, chunks):
+def _store_role(
+    y_desc, x_desc, z_desc, xs, zs, full, walked, gated, b, first, v, second, chunks,
+    GATED: gl.constexpr,
+):  # fmt: skip
+    if GATED:
+        for k in gl.static_range(2):
+            _load_slice(z_desc, zs, gated.index(k), k, b, first, v + k)
     for c in range(chunks):
         stage = c % STAGES
-        mbarrier.wait(walked.index(stage), c // STAGES & 1)
-        fence_async_shared()  # the copy engine reads what the walkers wrote, who need not wait for this fence
-        _store(y_desc, [b, first + c * Q, v * Q], xs.index(2 * stage))
-        if second != 0:
-            _store(y_desc, [b, first + c * Q, (v + 1) * Q], xs.index(2 * stage + 1))
-        tma.store_wait(0)
-        mbarrier.arrive(stored.index(stage), count=1)
+        t = first + c * Q
+        for k in gl.static_range(2):
+            mbarrier.wait(walked.index(2 * stage + k), c // STAGES & 1)
+            if GATED:
+                _load_slice(z_desc, zs, gated.index(k), k, b, t + Q, v + k, c + 1 < chunks)
+            fence_async_shared()  # the copy engine reads what the walkers wrote, who need not wait for this fence
+            if k == 0:
+                _store(y_desc, [b, t, v * Q], xs.index(2 * stage))
+            elif second != 0:
+                _store(y_desc, [b, t, (v + 1) * Q], xs.index(2 * stage + 1))
+            tma.store_wait(0)
+            _load_slice(x_desc, xs, full.index(stage), 2 * stage + k, b, t + STAGES * Q, v + k, c + STAGES < chunks)
 
 
 @gluon.jit
@@ -149,6 +177,16 @@ def _decays(
 
 
 @gluon.jit
+def _decayed(scores, cum, entry, dtype: gl.constexpr, RELAXED: gl.constexpr):
+    """A tile of G, two neighbours in an int32; anything above the diagonal, where the decay may be infinite."""
+    decay = gl.exp2(cum[:, None] - entry[None, :])
+    if RELAXED:
+        return _packed(scores.to(dtype) * decay.to(dtype))
+    else:
+        return _rounded(scores * decay, dtype)
+
+
+@gluon.jit
 def _wait_for_launches_before():
     """What they wrote is visible then: this kernel starts while that of the scores still runs."""
     gl.inline_asm_elementwise("{griddepcontrol.wait; mov.b32 $0, 0;}", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
@@ -156,8 +194,8 @@ def _wait_for_launches_before():
 
 @gluon.jit
 def _numbers_role(
-    dt0, dt1, A_ptr, bias_ptr, head0, head1, scores_desc, arena, there, sequence, first, nums, known, unknown, scored,
-    walked, walking, stride_dt_t, dt_min, dt_max, tokens, ahead, summed, chunks,
+    dt0, dt1, A_ptr, bias_ptr, head0, head1, scores_desc, arena, there, sequence, first, nums, known, unknown, full,
+    read, walking, stride_dt_t, dt_min, dt_max, tokens, ahead, summed, chunks,
     SOFTPLUS: gl.constexpr, CLAMP: gl.constexpr, SPLIT: gl.constexpr, RELAXED: gl.constexpr, LOG_A: gl.constexpr,
     dtype: gl.constexpr, HEADS: gl.constexpr, PLACES: gl.constexpr, COMING: gl.constexpr,
 ):  # fmt: skip
@@ -182,14 +220,15 @@ def _numbers_role(
         if bias_ptr is not None:
             bias1 = gl.load(bias_ptr + head1).to(gl.float32)
 
-    PART: gl.constexpr = 32  # rows of G at a time: there are few registers
+    TILE: gl.constexpr = 32  # rows and columns of G at a time: there are few registers
     FIRST: gl.constexpr = (4 + HEADS * PLACES) // 2  # place of C B^T
     TILES: gl.constexpr = arena.shape[0]
     products = _seen_as(arena, gl.float32, [TILES // 2, 1, Q, Q], gl.NVMMASharedLayout(128, 32, rank=3))
     Gs = _seen_as(arena, dtype, [TILES, Q, Q], gl.NVMMASharedLayout(128, 16, rank=2))
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    t = gl.arange(0, PART, gl.SliceLayout(1, layout))
-    s = gl.arange(0, Q, gl.SliceLayout(0, layout))
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])
+    t = gl.arange(0, TILE, gl.SliceLayout(1, layout))
+    s = gl.arange(0, TILE, gl.SliceLayout(0, layout))
+    causal = _packed(gl.where(t[:, None] >= s[None, :], -1, 0).to(gl.int16))  # in the tiles on the diagonal
     # G lags two chunks behind, so that nobody waits for the decays of the next four.
     for i in range(groups + 1):
         if i < groups:
@@ -219,25 +258,28 @@ def _numbers_role(
         for c in range(begin, gl.minimum(gl.maximum((i - first_pass) * GROUP + 2, 0), chunks)):
             group = (first_pass + c // GROUP) & 1
             # the chunk whose G was in the same place
-            mbarrier.wait(walked.index((c + STAGES - PLACES) % STAGES), (c - PLACES) // STAGES & 1, pred=c >= PLACES)
+            mbarrier.wait(read.index((c + STAGES - PLACES) % STAGES), (c - PLACES) // STAGES & 1, pred=c >= PLACES)
             mbarrier.wait(there.index(c % COMING), c // COMING & 1)
-            for part in gl.static_range(Q // PART):
-                tile = products.index(FIRST + c % COMING).reshape([Q, Q])
-                scores = tile.slice(part * PART, PART).load(layout)  # [t, s]
-                causal = (t + part * PART)[:, None] >= s[None, :]
+            tile = products.index(FIRST + c % COMING).reshape([Q, Q])
+            for row in gl.static_range(2):
+                scores = tile.slice(row * TILE, TILE).slice(0, TILE, dim=1).load(layout)  # [t, s]
+                if row == 1:
+                    later = tile.slice(TILE, TILE).slice(TILE, TILE, dim=1).load(layout)
                 for k in gl.static_range(HEADS):
-                    cum = (
-                        _numbers(nums, k, group, c, _CUM, ROWS).slice(part * PART, PART).load(gl.SliceLayout(1, layout))
-                    )
-                    entry = _numbers(nums, k, group, c, _ENTRY, ROWS).load(gl.SliceLayout(0, layout))
-                    decay = gl.exp2(cum[:, None] - entry[None, :])  # above the diagonal it may be infinite
-                    if RELAXED:
-                        G = gl.where(causal, scores.to(dtype) * decay.to(dtype), 0.0)
+                    cum = _numbers(nums, k, group, c, _CUM, ROWS).slice(row * TILE, TILE)
+                    cum = cum.load(gl.SliceLayout(1, layout))
+                    entries = _numbers(nums, k, group, c, _ENTRY, ROWS)
+                    G = _decayed(scores, cum, entries.slice(0, TILE).load(gl.SliceLayout(0, layout)), dtype, RELAXED)
+                    if row == 0:
+                        G &= causal
+                        beside = gl.zeros_like(G)  # above the diagonal
                     else:
-                        G = gl.where(causal, scores * decay, 0.0)
-                    Gs.index(4 + k * PLACES + c % PLACES).slice(part * PART, PART).store(G.to(dtype))
+                        entry = entries.slice(TILE, TILE).load(gl.SliceLayout(0, layout))
+                        beside = _decayed(later, cum, entry, dtype, RELAXED) & causal
+                    G = _halves(gl.join(G, beside).permute([0, 2, 1]).reshape([TILE, TILE]), dtype)
+                    Gs.index(4 + k * PLACES + c % PLACES).slice(row * TILE, TILE).store(G)
             fence_async_shared()
-            mbarrier.arrive(scored.index(c % PLACES), count=1)
+            mbarrier.arrive(full.index(c % STAGES), count=1)
             next = c + COMING
             mbarrier.expect(there.index(c % COMING), Q * Q * 4, pred=next < chunks)
             _load(scores_desc, [sequence, first + next * Q, 0], there.index(c % COMING),
@@ -268,7 +310,7 @@ def _columns(v, W: gl.constexpr):
 def _walk_role(
     k: gl.constexpr,
     D_ptr, D_at, init_ptr, final_ptr, handed_ptr, passed_ptr, flag_ptr, xs, Bs, Cs, zs, nums, came, summed_up,
-    full, known, unknown, scored, walked, gated, walking,
+    begun, read, full, known, unknown, walked, gated, walking,
     there,  # whether the slice is: a group of an odd number of slices leaves one over
     state_row, handed_row,
     parts,  # of all blocks
@@ -277,6 +319,7 @@ def _walk_role(
     PLACES: gl.constexpr,
 ):  # fmt: skip
     head: gl.constexpr = k if HEADS == 2 else 0
+    PIPED: gl.constexpr = HEADS == 1
     dtype: gl.constexpr = Bs.dtype
     TILES: gl.constexpr = xs.shape[0]
     Gs = _seen_as(xs, dtype, [TILES, Q, Q], gl.NVMMASharedLayout(128, 16, rank=2))
@@ -330,58 +373,79 @@ def _walk_role(
         mbarrier.arrive(walking, count=1)
         if there != 0:
             state = _hand_over(state, decay, at, init_ptr, handed_ptr, handed_row, passed_ptr, flag_ptr, state_row, seg,
-                               segments, N)  # fmt: skip
-            if ahead > 0:
-                state = state * before_segment[:, None] + gl.load(_places(kept, N, wide)).to(gl.float32)
+                               segments, N, kept, before_segment, ahead)  # fmt: skip
     elif init_ptr is not None:
         if there != 0:
             state = gl.load(init_ptr + state_row + at).to(gl.float32)
 
     if D_ptr is not None:
         D = gl.load(D_ptr + D_at + gl.arange(0, Q, gl.SliceLayout(1, mma)) * stride_D_p).to(gl.float32)
+    halves = _columns(state, N)
+    low = gl.convert_layout(halves[0], wide, assert_trivial=True)
+    high = gl.convert_layout(halves[1], wide, assert_trivial=True)
+    B_halves = _seen_as(Cs, dtype, [4 * STAGES, 1, Q, N // 2], gl.NVMMASharedLayout(128, 16, rank=3))
+    mbarrier.wait(begun.index(0), 0)
+    mbarrier.wait(known.index(group), turn)
+    total = _total(nums, head, group, 0, gl.SliceLayout(1, wide))
     for c in range(chunks):
         stage = c % STAGES
-        mbarrier.wait(full.index(stage), c // STAGES & 1)
-        mbarrier.wait(known.index(group), turn, pred=c % GROUP == 0)
-        total = _total(nums, head, group, c, gl.SliceLayout(1, wide))
         y = gl.zeros((Q, Q), gl.float32, mma)
-        for half in gl.static_range(2):
-            for quarter in gl.static_range(2):
-                before = _columns(_columns(state, N)[half], N // 2)[quarter]
-                before = gl.convert_layout(before.to(dtype), narrow)
-                C = Cs.index(4 * (STAGES + stage) + 2 * half + quarter).reshape([Q, Q])
-                y = warpgroup_mma(before, C.permute([1, 0]), y, use_acc=half + quarter > 0, is_async=True)
-                if half + quarter < 3:
-                    y = warpgroup_mma_wait(0, [y])
-        state *= total[:, None]
-        xT = xs.index(stage * 2 + k).reshape([Q, Q]).permute([1, 0]).load(narrow)
-        since = _numbers(nums, head, group, c, _SINCE, ROWS).load(gl.SliceLayout(0, mma))
-        # Here, though G is needed later: ptxas moves no load over a wait, so x and `since` come beside S C^T.
-        mbarrier.wait(scored.index(c % PLACES), c // PLACES & 1)
+        for quarter in gl.static_range(4):
+            before = _columns(low if quarter < 2 else high, N // 2)[quarter % 2]
+            before = gl.convert_layout(before.to(dtype), narrow)
+            C = Cs.index(4 * (STAGES + stage) + quarter).reshape([Q, Q])
+            y = warpgroup_mma(before, C.permute([1, 0]), y, use_acc=quarter > 0, is_async=True)
+            if PIPED:  # there are registers for two quarters
+                if quarter == 1 or quarter == 2:
+                    y = warpgroup_mma_wait(1, [y])
+            elif quarter < 3:
+                y = warpgroup_mma_wait(0, [y])
+        mbarrier.wait(full.index(stage), c // STAGES & 1)
         y = warpgroup_mma_wait(0, [y])
-        y = y * since[None, :]
+        xT = xs.index(stage * 2 + k).reshape([Q, Q]).permute([1, 0]).load(narrow)
+        y = y * _numbers(nums, head, group, c, _SINCE, ROWS).load(gl.SliceLayout(0, mma))[None, :]
         if D_ptr is not None:
             y += gl.convert_layout(_widen(xT), mma) * D[:, None]
         G = Gs.index(4 + head * PLACES + c % PLACES)
         y = warpgroup_mma(xT, G.permute([1, 0]), y, is_async=True)
-        y = warpgroup_mma_wait(0, [y])
-        left, rest = _weights(nums, head, group, c, dtype, gl.SliceLayout(0, narrow), ROWS)
-        weighted = _sum_of_products(xT, left[None, :], _product(xT, rest[None, :]))
-        sum = warpgroup_mma(weighted, Bs.index(stage).reshape([Q, N]), state, is_async=True)
-        # in the shadow of the state's product
+        coming = c + 1
+        last = coming % GROUP == 0
+        after, after_turn = _advance(group, turn, 2)
+        # A wait, over which ptxas moves nothing: it would scale the state before the product.
+        mbarrier.wait(known.index(after), after_turn, pred=last & (coming < chunks))
+        low *= total[:, None]
+        high *= total[:, None]
+        if not PIPED:
+            y = warpgroup_mma_wait(0, [y])
+        value, rest = _weights(nums, head, group, c, dtype, gl.SliceLayout(0, narrow), ROWS)
+        weighted = _sum_of_products(xT, value[None, :], _product(xT, rest[None, :]))
+        if PIPED:
+            y = warpgroup_mma_wait(0, [y])
+        mbarrier.arrive(read.index(stage), count=1)
+        sum_low = warpgroup_mma(weighted, B_halves.index(2 * stage).reshape([Q, N // 2]), low, is_async=True)
+        sum_high = warpgroup_mma(weighted, B_halves.index(2 * stage + 1).reshape([Q, N // 2]), high, is_async=True)
+        # in the shadow of the state's products
+        unneeded = group
+        if last:
+            group = after
+            turn = after_turn
+        mbarrier.wait(begun.index(coming % STAGES), coming // STAGES & 1, pred=coming < chunks)
+        total = _total(nums, head, group, coming, gl.SliceLayout(1, wide))
+        # Behind these waits, over which ptxas moves nothing: it would round y before the products.
         if GATED:
-            mbarrier.wait(gated, c & 1)
+            mbarrier.wait(gated.index(k), c & 1)
             z = zs.index(k).reshape([Q, Q]).permute([1, 0]).load(narrow)
             y *= _silu(gl.convert_layout(z, mma).to(gl.float32))
         xs.index(stage * 2 + k).reshape([Q, Q]).permute([1, 0]).store((y * Y_SCALE).to(dtype))
-        state = warpgroup_mma_wait(0, [sum])
-        mbarrier.arrive(walked.index(stage), count=1)
-        if c % GROUP == GROUP - 1:
-            mbarrier.arrive(unknown.index(group), count=1)
-            group, turn = _advance(group, turn, 2)
+        low, high = warpgroup_mma_wait(0, [sum_low, sum_high])  # pyrefly: ignore
+        mbarrier.arrive(walked.index(2 * stage + k), count=1)
+        if last:
+            mbarrier.arrive(unknown.index(unneeded), count=1)
     if STORE_FINAL:
         if there != 0:
             if seg + 1 == segments:
+                state = gl.join(low, high).permute([0, 2, 1]).reshape([Q, N])
+                state = gl.convert_layout(state, wide, assert_trivial=True)
                 gl.store(gl.max_contiguous(gl.multiple_of(final_ptr + state_row + at, [8, 8]), [1, 8]), state)
 
 
@@ -425,7 +489,7 @@ def wide_kernel(
     first = first_chunk * Q
     total = (T + Q - 1) // Q
     last = seg + 1 == segments
-    chunks = gl.where(last, total - first_chunk, chunks_per_segment)  # the last one takes what is left
+    chunks = gl.where(last, total - first_chunk, chunks_per_segment)  # the last one takes what is low
     ahead = _ahead(seg, share)
     summed = ahead + gl.where(last, 0, chunks - _ahead(seg + 1, share))
     tokens = T - first
@@ -445,14 +509,14 @@ def wide_kernel(
     nums = gl.allocate_shared_memory(gl.float32, [2 * HEADS * ROWS * GROUP, Q], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     came = gl.allocate_shared_memory(gl.int64, [DEEP, 1], lone)
     summed_up = gl.allocate_shared_memory(gl.int64, [DEEP, 1], lone)
+    begun = gl.allocate_shared_memory(gl.int64, [STAGES, 1], lone)
+    read = gl.allocate_shared_memory(gl.int64, [STAGES, 1], lone)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], lone)
-    walked = gl.allocate_shared_memory(gl.int64, [STAGES, 1], lone)
-    stored = gl.allocate_shared_memory(gl.int64, [STAGES, 1], lone)
+    walked = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], lone)
     known = gl.allocate_shared_memory(gl.int64, [2, 1], lone)
     unknown = gl.allocate_shared_memory(gl.int64, [2, 1], lone)
-    scored = gl.allocate_shared_memory(gl.int64, [2, 1], lone)
     there = gl.allocate_shared_memory(gl.int64, [2, 1], lone)
-    gated = gl.allocate_shared_memory(gl.int64, [1], lone)
+    gated = gl.allocate_shared_memory(gl.int64, [2, 1], lone)
     walking = gl.allocate_shared_memory(gl.int64, [1], lone)
     dt_at = dt_ptr + b.to(gl.int64) * stride_dt_b + first.to(gl.int64) * stride_dt_t
     dt0 = dt_at + head0 * stride_dt_h
@@ -470,26 +534,29 @@ def wide_kernel(
         sync_threads()
         _load_first(x_desc, B_desc, xs, Bs, came.index(0), 0, b, first - ahead * Q, v, g, summed > 0)
     else:
-        mbarrier.init(full.index(0), count=1)
-        mbarrier.init(stored.index(0), count=1)
+        mbarrier.init(begun.index(0), count=1)
+        mbarrier.init(full.index(0), count=4)
         fence_async_shared()
         sync_threads()
-        _load_second(x_desc, B_desc, C_desc, xs, Bs, quarters, stored, full.index(0), 0, b, first, v, g)
+        _load_C(C_desc, quarters, begun.index(0), 0, b, first, g)
+        for k in gl.static_range(2):
+            _load_slice(x_desc, xs, full.index(0), k, b, first, v + k)
+        _load_B(B_desc, Bs, full.index(0), 0, b, first, g)
     for i in gl.static_range(DEEP):  # one of a kind at a time: Triton puts a barrier between two
         if SPLIT:
             if i > 0:
                 mbarrier.init(came.index(i), count=1)
             mbarrier.init(summed_up.index(i), count=2)  # the walkers
+        mbarrier.init(walked.index(i), count=1)
         if i < 2:
             if SPLIT or i > 0:
-                mbarrier.init(full.index(i), count=1)
-                mbarrier.init(stored.index(i), count=1)
-            mbarrier.init(walked.index(i), count=2)
+                mbarrier.init(begun.index(i), count=1)
+                mbarrier.init(full.index(i), count=4)  # B, x of both walkers, G
+            mbarrier.init(read.index(i), count=2)
             mbarrier.init(known.index(i), count=1)
             mbarrier.init(unknown.index(i), count=2)
-            mbarrier.init(scored.index(i), count=1)
             mbarrier.init(there.index(i), count=1)
-    mbarrier.init(gated, count=1)
+            mbarrier.init(gated.index(i), count=1)
     mbarrier.init(walking, count=2)
     fence_async_shared()
     sync_threads()
@@ -506,21 +573,22 @@ def wide_kernel(
     gl.warp_specialize(
         [
             (_numbers_role, (dt0, dt1, A_ptr, bias_ptr, head0, head1, scores_desc, xs, there, b * groups + g, first,
-                             nums, known, unknown, scored, walked, walking, stride_dt_t, dt_min, dt_max, tokens, ahead,
+                             nums, known, unknown, full, read, walking, stride_dt_t, dt_min, dt_max, tokens, ahead,
                              summed, chunks, SOFTPLUS, CLAMP, SPLIT, RELAXED, LOG_A, dtype, HEADS, PLACES, COMING)),
             (_walk_role, (gl.constexpr(0), D_ptr, D0, init_ptr, final_ptr, handed_ptr, passed, flag, xs, Bs, quarters,
-                          zs, nums, came, summed_up, full, known, unknown, scored, walked, gated, walking,
+                          zs, nums, came, summed_up, begun, read, full, known, unknown, walked, gated, walking,
                           second * 0 + 1, state_row, handed_row, parts, stride_D_p, seg, segments, ahead, summed,
                           chunks, GATED, STORE_FINAL, SPLIT, Y_SCALE, HEADS, PLACES)),
             (_walk_role, (gl.constexpr(1), D_ptr, D1, init_ptr, final_ptr, handed_ptr, passed1, flag1, xs, Bs, quarters,
-                          zs, nums, came, summed_up, full, known, unknown, scored, walked, gated, walking,
+                          zs, nums, came, summed_up, begun, read, full, known, unknown, walked, gated, walking,
                           second, state_row1, handed_row1, parts, stride_D_p, seg, segments, ahead, summed,
                           chunks, GATED, STORE_FINAL, SPLIT, Y_SCALE, HEADS, PLACES)),
-            (_load_role, (x_desc, B_desc, C_desc, z_desc, xs, Bs, quarters, zs, came, summed_up, full, walked, stored,
-                          gated, walking, b, first, v, g, ahead, summed, chunks, GATED, SPLIT)),
-            (_store_role, (y_desc, xs, walked, stored, b, first, v, second, chunks)),
+            (_load_role, (x_desc, B_desc, C_desc, xs, Bs, quarters, came, summed_up, begun, read, full, walked, walking,
+                          b, first, v, g, ahead, summed, chunks, SPLIT)),
+            (_store_role, (y_desc, x_desc, z_desc, xs, zs, full, walked, gated, b, first, v, second, chunks, GATED)),
         ],
         [4, 4, 1, 1],
-        [208, 208, 24, 24],
+        # of two heads the numbers take 72, of one head 40
+        [224, 224, 24, 24] if HEADS == 1 else [208, 208, 24, 24],
     )
     # fmt: on
