@@ -37,6 +37,7 @@ from fastmamba.kernels._ssd_hopper_halves import (
     _packed,
     _product,
     _rounded,
+    _silu,
     _split,
     _sum_of_products,
     _widen,
@@ -284,20 +285,6 @@ def _numbers_role(
             mbarrier.expect(there.index(c % COMING), Q * Q * 4, pred=next < chunks)
             _load(scores_desc, [sequence, first + next * Q, 0], there.index(c % COMING),
                   products.index(FIRST + c % COMING), pred=next < chunks)  # fmt: skip
-
-
-@gluon.jit
-def _silu(z):
-    """z / (1 + exp(-z)) in five instructions; exact division takes fifteen."""
-    return gl.inline_asm_elementwise(
-        "{.reg .f32 e; mul.f32 e, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 e, e; add.f32 e, e, 0f3F800000;"
-        " rcp.approx.ftz.f32 e, e; mul.f32 $0, $1, e;}",
-        "=r,r",
-        [z],
-        dtype=gl.float32,
-        is_pure=True,
-        pack=1,
-    )
 
 
 @gluon.jit
