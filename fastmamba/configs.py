@@ -245,9 +245,9 @@ class _Blocks:
         """Of `rows` groups of sequences, each of so many slices and chunks."""
         walk = -(-chunks // segments)
         if segments > 1:
-            shared = (
-                walk >= 4 * segments
-            )  # by all blocks, where a segment has four chunks (the kernels' GROUP) for each
+            # By all blocks, where a segment has four chunks (the kernels' GROUP) for each. Those of one slice share
+            # from nine chunks on, which would change next to no choice.
+            shared = walk >= 4 * segments
             walk *= 1 + self.summing * ((segments - 1) / segments if shared else 1)
         waves = -(-rows * -(-slices // self.slices) * segments // multiprocessors)
         looked = self.look * min(segments - 1, self.span) + self.handover * ((segments - 1) // self.span)

@@ -77,31 +77,34 @@ def first_phase(summed, PAIR: gl.constexpr, STAGES: gl.constexpr):
 @gluon.jit
 def load_role(
     begun, x_desc, B_desc, C_desc, z_desc, x_ptr, stride_x_t, tokens, second, arena, came, summed_up, full, walked,
-    walking, going, b, first, v, g, ahead, summed, chunks,
+    walking, going, b, first, v, g, ahead, skip, summed, chunks,
     N: gl.constexpr, PAIR: gl.constexpr, GATED: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr,
     DEEP: gl.constexpr, FIRST_EACH: gl.constexpr,
 ):  # fmt: skip
     line = gl.arange(0, PAIR * Q, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     beside = line // Q * Q * second.to(gl.int32)
-    mbarrier.wait(begun, 0)
     stage = 1  # the first chunk's has been started before there were roles
     phase = 0
     if SPLIT:
-        slot = 1  # the first chunk's has been started before there were roles
-        lap = 0
-        for i in range(1, summed):
+        slot = 2 % DEEP  # and the second one's
+        lap = 2 // DEEP
+        for i in range(skip + 2, summed):
             if i + EARLY < summed:  # B is in the L2 cache mostly, where another slice's block has asked for it
                 t = gl.minimum((i + EARLY - ahead) * Q + line % Q, tokens - 1)
                 prefetch(x_ptr + (t.to(gl.int64) * stride_x_t + beside))
-            mbarrier.wait(summed_up.index(slot), lap ^ 1)
+            if i - skip == DEEP:  # until now no barrier that the scores initialise is needed
+                mbarrier.wait(begun, 0)
+            mbarrier.wait(summed_up.index(slot), lap ^ 1, pred=i - skip >= DEEP)
             t = first + (i - ahead) * Q
             load_first(x_desc, B_desc, arena, came.index(slot), slot, b, t, v, g, True, N, PAIR, FIRST_EACH)
             slot, lap = _advance(slot, lap, DEEP)
+    mbarrier.wait(begun, 0)
+    if SPLIT:
         if PAIR == 2:
             # The walkers' fence would wait for these loads too, and a later segment's block for the walkers.
             mbarrier.wait(going, 0)
-        stage = first_stage(summed, PAIR, STAGES)
-        phase = first_phase(summed, PAIR, STAGES)
+        stage = first_stage(summed - skip, PAIR, STAGES)
+        phase = first_phase(summed - skip, PAIR, STAGES)
     for c in range(0 if SPLIT else 1, chunks):
         mbarrier.wait(walked.index(stage), phase ^ 1)
         load_second(x_desc, B_desc, C_desc, z_desc, arena, full.index(stage), stage, b, first + c * Q, v, g, N, PAIR,
@@ -111,7 +114,7 @@ def load_role(
 
 @gluon.jit
 def store_role(
-    begun, y_desc, ys, walked, unready, walking, b, first, v, second, summed, chunks,
+    begun, y_desc, ys, walked, unready, walking, b, first, v, second, skip, summed, chunks,
     PAIR: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     mbarrier.wait(begun, 0)
@@ -121,8 +124,8 @@ def store_role(
     stage = 0
     phase = 0
     if SPLIT:
-        stage = first_stage(summed, PAIR, STAGES)
-        phase = first_phase(summed, PAIR, STAGES)
+        stage = first_stage(summed - skip, PAIR, STAGES)
+        phase = first_phase(summed - skip, PAIR, STAGES)
     for c in range(chunks):
         mbarrier.wait(walked.index(stage), phase)
         stage, phase = _advance(stage, phase, STAGES)

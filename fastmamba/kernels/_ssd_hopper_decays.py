@@ -110,7 +110,8 @@ def decays_role(
     dt_min,
     dt_max,
     tokens,  # left from the segment's first token on
-    ahead,  # chunks of the first pass that lie before the segment
+    ahead,  # chunks of the first pass that lie before the segment, whole groups
+    skip,  # the first ones of them, that are not summed up after all
     summed,  # chunks of the first pass
     chunks,
     SOFTPLUS: gl.constexpr,
@@ -164,6 +165,8 @@ def decays_role(
         else:
             dt = coming.to(gl.float32) + bias
             coming = gl.load(_of_group(dt_ptr, i + STEP, first_pass, ahead, q, tokens, stride_dt_t))
+        if SPLIT:
+            t = gl.where(t < (skip - ahead) * Q, tokens, t)  # as if it were past the end
         dt, cum, entry = _running(dt, A, t, tokens, dt_min, dt_max, SOFTPLUS, CLAMP)
         last = gl.sum(dt * A, axis=1)
         if SPLIT:  # in the first pass the decays of later chunks of the four are part of the weights

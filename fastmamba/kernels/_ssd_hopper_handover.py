@@ -10,9 +10,9 @@ from fastmamba.kernels._ssd_hopper_terms import GROUP, SPAN, Q, sync_threads
 
 
 @gluon.jit
-def _ahead(seg, share):
-    """How many chunks before its segment a block begins its first pass: whole groups of them."""
-    return (seg.to(gl.float32) * share + 0.5).to(gl.int32) * GROUP
+def _ahead(seg, share, STEP: gl.constexpr = GROUP):
+    """How many chunks before its segment a block begins its first pass: steps of one chunk or a group of them."""
+    return (seg.to(gl.float32) * (share * (GROUP // STEP)) + 0.5).to(gl.int32) * STEP
 
 
 @gluon.jit
@@ -83,7 +83,7 @@ def _ways(b, v, v1, slices, seg, segments, parts, handed_ptr, sync_ptr, N: gl.co
 @gluon.jit
 def _hand_over(
     state, decay, at, init_ptr, handed_ptr, handed_row, passed_ptr, flag_ptr, state_row, seg, segments, N: gl.constexpr,
-    kept=None, decay_before=None, ahead=0, going=None,
+    kept=None, decay_before=None, ahead=0, going=None, snapshot=None,
 ):  # fmt: skip
     """The state before a block's segment, [P, N], given what its first pass adds, which goes to the blocks after.
 
@@ -91,7 +91,8 @@ def _hand_over(
     segment waits for first passes, which all end at the same time, and for another's sum only once in SPAN segments.
     `state` is what the first pass adds, `decay` [P] what it leaves of an earlier state. Where that pass began `ahead`
     chunks before the segment, `kept` is where what it had added until then is, `decay_before` [P] what it had left.
-    `going` is told when nothing is left to be fenced.
+    Or `snapshot` is what it had added; no segment hands on a whole state then. `going` is told when nothing is left to
+    be fenced.
     """
     element: gl.constexpr = handed_ptr.dtype.element_ty
     layout: gl.constexpr = state.type.layout
@@ -108,7 +109,10 @@ def _hand_over(
     if going is not None:
         mbarrier.arrive(going, count=1)
     whole = hands & (place + 1 == SPAN)
-    if kept is not None:  # on its way while this block waits for others; for a whole state later
+    if snapshot is not None:
+        before = snapshot
+        scale = decay_before
+    elif kept is not None:  # on its way while this block waits for others; for a whole state later
         before = gl.load(_places(kept, N, layout), mask=(ahead > 0) & ~whole, other=0.0).to(gl.float32)
         scale = gl.where(whole, 1.0, decay_before)
     else:

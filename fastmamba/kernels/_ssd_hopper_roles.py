@@ -11,7 +11,7 @@ They all meet at mbarriers in shared memory, in pairs, one for each direction:
     walked, unready    y of a chunk is there; it is on its way to global memory
     going              two walkers have handed on their states: loads of the second pass may start
     walking            the walkers are through with the first pass (in which the scores and the store have no part)
-    begun              the barriers are initialised, by the scores
+    begun              the barriers are initialised, by the scores, but for those of the first loads
     asked              dt of the first four chunks is there, where the scores' warps load it
 
 A walker's arrival at a barrier costs it one of its own warps', and the walkers are what a block waits for: so they have
@@ -123,6 +123,7 @@ def scores_role(
     walked,
     walking,
     going,
+    skip,
     summed,
     chunks,
     N: gl.constexpr,
@@ -143,11 +144,9 @@ def scores_role(
         mbarrier.init(going, count=2)
     for i in gl.static_range(DEEP):  # one of a kind at a time: Triton puts a barrier between two
         if SPLIT and PAIR == 2:
-            if i > 0:
-                mbarrier.init(came.index(i), count=1)
             mbarrier.init(summed_up.index(i), count=PAIR)  # the walkers
         if i < STAGES:
-            if i > 0 or SPLIT and PAIR == 2:
+            if i > 0 and not SPLIT or SPLIT and PAIR == 2:
                 mbarrier.init(full.index(i), count=1)
             mbarrier.init(walked.index(i), count=PAIR)  # the walkers
         if i < 2:
@@ -178,10 +177,10 @@ def scores_role(
     before = 0  # where the last chunk was that the walkers must be through with
     passed = 0
     if SPLIT:
-        stage = first_stage(summed, PAIR, STAGES)
-        phase = first_phase(summed, PAIR, STAGES)
-        before = first_stage(summed, PAIR, STAGES)
-        passed = first_phase(summed, PAIR, STAGES)
+        stage = first_stage(summed - skip, PAIR, STAGES)
+        phase = first_phase(summed - skip, PAIR, STAGES)
+        before = first_stage(summed - skip, PAIR, STAGES)
+        passed = first_phase(summed - skip, PAIR, STAGES)
     groups = (summed + GROUP - 1) // GROUP
     group = groups & 1
     unneeded = group
@@ -284,6 +283,7 @@ def walk_role(
     seg,
     segments,
     ahead,
+    skip,
     summed,
     chunks,
     N: gl.constexpr,
@@ -322,14 +322,14 @@ def walk_role(
         before_segment = decay
         element: gl.constexpr = handed_ptr.dtype.element_ty
         kept = handed_ptr + parts.to(gl.int64) * (Q * N) + handed_row
-        xT = _fetch(FIRST, arena, came, slot, phase, summed > 0, -FIRST_EACH, narrow)
-        mbarrier.wait(known.index(group), turn, pred=summed > 0)
-        left, rest = _weights(nums, head, group, 0, dtype, gl.SliceLayout(0, narrow))
+        xT = _fetch(FIRST, arena, came, slot, phase, summed > skip, -FIRST_EACH, narrow)
+        mbarrier.wait(known.index(group), turn, pred=summed > skip)
+        left, rest = _weights(nums, head, group, skip, dtype, gl.SliceLayout(0, narrow))
         part = _product(xT, rest[None, :])
-        total = _numbers(nums, head, group, 0, _TOTAL).load(gl.SliceLayout(1, wide))
+        total = _numbers(nums, head, group, skip, _TOTAL).load(gl.SliceLayout(1, wide))
         for half in gl.static_range(2):  # up to where the segment begins, and on from there
-            for c in range(0 if half == 0 else ahead, ahead if half == 0 else summed):
-                if c % GROUP == 0:
+            for c in range(skip if half == 0 else ahead, ahead if half == 0 else summed):
+                if (c % GROUP == 0) | (c == skip):
                     decay *= total
                     state *= total[:, None]
                 weighted = _sum_of_products(xT, left[None, :], part)
@@ -354,7 +354,10 @@ def walk_role(
                     mbarrier.arrive(unknown.index(unneeded), count=1)
             if half == 0:
                 before_segment = decay
-                if there & (ahead > 0):  # what of the segment's first state this block itself has summed up
+                # what of the segment's first state this block itself has summed up
+                if PAIR == 1:
+                    snapshot = state
+                elif there & (ahead > 0):
                     gl.store(_places(kept, N, wide), state.to(element))
         mbarrier.arrive(walking, count=1)
         if PAIR == 2:
@@ -362,7 +365,8 @@ def walk_role(
                 mbarrier.arrive(going, count=1)
         if there:
             state = _hand_over(state, decay, at, init_ptr, handed_ptr, handed_row, passed_ptr, flag_ptr, state_row, seg,
-                               segments, N, kept, before_segment, ahead, going if PAIR == 2 else None)  # fmt: skip
+                               segments, N, kept, before_segment, ahead, going if PAIR == 2 else None,
+                               snapshot if PAIR == 1 else None)  # fmt: skip
     elif init_ptr is not None:
         if there:
             state = gl.load(init_ptr + state_row + at).to(gl.float32)
@@ -378,8 +382,8 @@ def walk_role(
     stage = 0
     phase = 0
     if SPLIT:
-        stage = first_stage(summed, PAIR, STAGES)
-        phase = first_phase(summed, PAIR, STAGES)
+        stage = first_stage(summed - skip, PAIR, STAGES)
+        phase = first_phase(summed - skip, PAIR, STAGES)
     AT: gl.constexpr = arena.shape[0] - EACH + k
     pairs = _packed(_fetch(AT, arena, full, stage, phase, True, -EACH, narrow))
     mbarrier.wait(known.index(group), turn)

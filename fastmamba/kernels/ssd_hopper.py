@@ -45,7 +45,7 @@ from fastmamba.kernels._ssd_hopper_copies import fence_inits, load_first, load_r
 from fastmamba.kernels._ssd_hopper_decays import decays_role, load_bits
 from fastmamba.kernels._ssd_hopper_handover import _ahead, _ways
 from fastmamba.kernels._ssd_hopper_roles import scores_role, walk_role
-from fastmamba.kernels._ssd_hopper_terms import GROUP, ROWS, Q, sync_threads
+from fastmamba.kernels._ssd_hopper_terms import GROUP, ROWS, SPAN, Q, sync_threads
 from fastmamba.kernels._ssd_hopper_wide import _SIZES, _STRIDES, wide_kernel
 from fastmamba.kernels._sync import zeros_left_as_found
 
@@ -116,8 +116,12 @@ def _kernel(
     total = (T + Q - 1) // Q
     last = seg + 1 == segments
     chunks = gl.where(last, total - first_chunk, chunks_per_segment)  # the last one takes what is left
-    ahead = _ahead(seg, share)
-    summed = ahead + gl.where(last, 0, chunks - _ahead(seg + 1, share))
+    # Decays come for groups of chunks, and the segment begins one: of those before it, the first may lack some chunks.
+    STEP: gl.constexpr = 1 if PAIR == 1 else GROUP
+    before = _ahead(seg, share, STEP)
+    ahead = (before + GROUP - 1) // GROUP * GROUP
+    skip = ahead - before
+    summed = ahead + gl.where(last, 0, chunks - _ahead(seg + 1, share, STEP))
     tokens = T - first
     head0 = v // SLICES
     v1 = gl.where(second, v + 1, v)
@@ -181,15 +185,20 @@ def _kernel(
     prefetch(A_ptr + head0)
     if bias_ptr is not None:
         prefetch(bias_ptr + head0)
-    mbarrier.init(came.index(0) if SPLIT else full.index(0), count=1)
+    if SPLIT:
+        for i in gl.static_range(DEEP):
+            mbarrier.init(came.index(i), count=1)
+    else:
+        mbarrier.init(full.index(0), count=1)
     mbarrier.init(begun, count=1)
     mbarrier.init(asked, count=1)
     fence_inits(T)
     sync_threads()
     if SPLIT:
-        t = first - ahead * Q
-        load_first(x_desc, B_desc, arena, came.index(0), 0, b, t, v, g, summed > 0, N, PAIR, FIRST_EACH)
-    else:
+        for i in gl.static_range(2):
+            t = first + (i - before) * Q
+            load_first(x_desc, B_desc, arena, came.index(i), i, b, t, v, g, summed > skip + i, N, PAIR, FIRST_EACH)
+    else:  # more than one would hold up what is needed first
         load_second(x_desc, B_desc, C_desc, z_desc, arena, full.index(0), 0, b, first, v, g, N, PAIR, GATED)
 
     if SPLIT or PAIR == 1:
@@ -209,29 +218,29 @@ def _kernel(
         gl.warp_specialize(
             [
                 (scores_role, (begun, unready, first_dt0, first_dt1, dts, asked, arena, nums, G0, G1, own0, own1, D_ptr,
-                               D0, D1, came, summed_up, full, known, unknown, scored, walked, walking, going, summed,
-                               chunks, N, PAIR, RELAXED, SPLIT, STAGES, DEEP, HEADS, PER_CHANNEL)),
+                               D0, D1, came, summed_up, full, known, unknown, scored, walked, walking, going, skip,
+                               summed, chunks, N, PAIR, RELAXED, SPLIT, STAGES, DEEP, HEADS, PER_CHANNEL)),
                 (walk_role, (gl.constexpr(0), begun, D_ptr, D0, init_ptr, final_ptr, handed_ptr, passed, flag, arena,
                              nums, G0, own0, ys, came, summed_up, full, known, unknown, scored, walked, unready,
                              walking, going, v >= 0, state_row, handed_row, parts, stride_D_p, seg, segments, ahead,
-                             summed, chunks, N, PAIR, GATED, STORE_FINAL, SPLIT, STAGES, DEEP, Y_SCALE, HEADS,
+                             skip, summed, chunks, N, PAIR, GATED, STORE_FINAL, SPLIT, STAGES, DEEP, Y_SCALE, HEADS,
                              PER_CHANNEL)),
                 (walk_role, (gl.constexpr(1), begun, D_ptr, D1, init_ptr, final_ptr, handed_ptr, passed1, flag1, arena,
                              nums, G1, own1, ys, came, summed_up, full, known, unknown, scored, walked, unready,
                              walking, going, second, state_row1, handed_row1, parts, stride_D_p, seg, segments, ahead,
-                             summed, chunks, N, PAIR, GATED, STORE_FINAL, SPLIT, STAGES, DEEP, Y_SCALE, HEADS,
+                             skip, summed, chunks, N, PAIR, GATED, STORE_FINAL, SPLIT, STAGES, DEEP, Y_SCALE, HEADS,
                              PER_CHANNEL)),
                 (load_role, (begun, x_desc, B_desc, C_desc, z_desc, x_at, stride_x_t, tokens, second, arena, came,
-                             summed_up, full, walked, walking, going, b, first, v, g, ahead, summed, chunks, N, PAIR,
-                             GATED, SPLIT, STAGES, DEEP, FIRST_EACH)),
+                             summed_up, full, walked, walking, going, b, first, v, g, ahead, skip, summed, chunks, N,
+                             PAIR, GATED, SPLIT, STAGES, DEEP, FIRST_EACH)),
                 (decays_role, (gl.constexpr(0), dt0, A_ptr, bias_ptr, head0, nums, known, unknown, stride_dt_t, dt_min,
-                               dt_max, tokens, ahead, summed, chunks, SOFTPLUS, CLAMP, PAIR, SPLIT, LOG_A, HEADS, dtype,
-                               begun, dts, asked)),
+                               dt_max, tokens, ahead, skip, summed, chunks, SOFTPLUS, CLAMP, PAIR, SPLIT, LOG_A, HEADS,
+                               dtype, begun, dts, asked)),
                 (decays_role, (gl.constexpr(1), dt1, A_ptr, bias_ptr, head1, nums, known, unknown, stride_dt_t, dt_min,
-                               dt_max, tokens, ahead, summed, chunks, SOFTPLUS, CLAMP, PAIR, SPLIT, LOG_A, HEADS, dtype,
-                               begun, dts, asked)),
-                (store_role, (begun, y_desc, ys, walked, unready, walking, b, first, v, second, summed, chunks, PAIR,
-                              SPLIT, STAGES)),
+                               dt_max, tokens, ahead, skip, summed, chunks, SOFTPLUS, CLAMP, PAIR, SPLIT, LOG_A, HEADS,
+                               dtype, begun, dts, asked)),
+                (store_role, (begun, y_desc, ys, walked, unready, walking, b, first, v, second, skip, summed, chunks,
+                              PAIR, SPLIT, STAGES)),
             ],
             [4, 4, 1, 1, 1, 1],
             # Nobody spills in a loop: shared memory leaves the L1 cache next to nothing, and all wait for who does.
@@ -241,21 +250,21 @@ def _kernel(
         gl.warp_specialize(
             [
                 (scores_role, (begun, unready, first_dt0, first_dt1, dts, asked, arena, nums, G0, G1, own0, own1, D_ptr,
-                               D0, D1, came, summed_up, full, known, unknown, scored, walked, walking, going, summed,
-                               chunks, N, PAIR, RELAXED, SPLIT, STAGES, DEEP, HEADS, PER_CHANNEL)),
+                               D0, D1, came, summed_up, full, known, unknown, scored, walked, walking, going, skip,
+                               summed, chunks, N, PAIR, RELAXED, SPLIT, STAGES, DEEP, HEADS, PER_CHANNEL)),
                 (walk_role, (gl.constexpr(0), begun, D_ptr, D0, init_ptr, final_ptr, handed_ptr, passed, flag, arena,
                              nums, G0, own0, ys, came, summed_up, full, known, unknown, scored, walked, unready,
                              walking, going, v >= 0, state_row, handed_row, parts, stride_D_p, seg, segments, ahead,
-                             summed, chunks, N, PAIR, GATED, STORE_FINAL, SPLIT, STAGES, DEEP, Y_SCALE, HEADS,
+                             skip, summed, chunks, N, PAIR, GATED, STORE_FINAL, SPLIT, STAGES, DEEP, Y_SCALE, HEADS,
                              PER_CHANNEL)),
                 (decays_role, (gl.constexpr(0), dt0, A_ptr, bias_ptr, head0, nums, known, unknown, stride_dt_t, dt_min,
-                               dt_max, tokens, ahead, summed, chunks, SOFTPLUS, CLAMP, PAIR, SPLIT, LOG_A, HEADS, dtype,
-                               begun, dts, asked)),
+                               dt_max, tokens, ahead, skip, summed, chunks, SOFTPLUS, CLAMP, PAIR, SPLIT, LOG_A, HEADS,
+                               dtype, begun, dts, asked)),
                 (load_role, (begun, x_desc, B_desc, C_desc, z_desc, x_at, stride_x_t, tokens, second, arena, came,
-                             summed_up, full, walked, walking, going, b, first, v, g, ahead, summed, chunks, N, PAIR,
-                             GATED, SPLIT, STAGES, DEEP, FIRST_EACH)),
-                (store_role, (begun, y_desc, ys, walked, unready, walking, b, first, v, second, summed, chunks, PAIR,
-                              SPLIT, STAGES)),
+                             summed_up, full, walked, walking, going, b, first, v, g, ahead, skip, summed, chunks, N,
+                             PAIR, GATED, SPLIT, STAGES, DEEP, FIRST_EACH)),
+                (store_role, (begun, y_desc, ys, walked, unready, walking, b, first, v, second, skip, summed, chunks,
+                              PAIR, SPLIT, STAGES)),
             ],
             [4, 4, 1, 1],
             [248, 64, 40, 40],
@@ -292,13 +301,18 @@ def _stages(config: SsdConfig, width: int, gated: bool) -> int:
     return min(config.stages, 5 - config.block_slices - (width > 64))
 
 
-def _share(segments: int, chunks: int) -> float:
+def _share(segments: int, chunks: int, slices: int) -> float:
     """How many groups of chunks earlier, before its segment, a block's first pass begins than that of the one before.
 
-    So all blocks have as much to sum up, for what the last segment adds to the state nobody needs. Only where a segment
-    has a group for each.
+    So all blocks have as much to sum up, for what the last segment adds to the state nobody needs. Two slices keep what
+    they have summed up for themselves in memory: only where a segment has a group for each. One slice has registers for
+    it, unless segments hand on whole states, and shares chunk by chunk: from three groups on.
     """
-    return 0.0 if chunks < GROUP.value * segments else chunks / (GROUP.value * segments)
+    if slices == 1:
+        pays = chunks > 2 * GROUP.value and segments <= SPAN.value
+    else:
+        pays = chunks >= GROUP.value * segments
+    return chunks / (GROUP.value * segments) if pays else 0.0
 
 
 def ssd(
@@ -377,7 +391,8 @@ def ssd(
     clamp = dt_min > 0.0 or dt_max != float("inf") or not dt_softplus
     form = (dt_softplus, clamp, z is not None, return_final_states, segments > 1, relaxed)
     grid = (groups * blocks_per_group, segments, batch)
-    numbers += batch * slices * segments, 1 / blocks_per_group, _share(segments, per_segment)
+    share = _share(segments, per_segment, 2 if wide else config.block_slices)
+    numbers += batch * slices * segments, 1 / blocks_per_group, share
     if wide:
         scores = chunk_scores(C, B, config.chunk, width, config.precision, overlap=True)
         tensors = (*tensors, _descriptor(scores.view(batch * groups, chunks * 64, 64), 64, 64))
