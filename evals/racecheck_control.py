@@ -1,7 +1,7 @@
 """What racecheck makes of a handover that an mbarrier orders: the smallest warp-specialised kernel, right and broken.
 
     for form in barrier mbarrier none; do
-        compute-sanitizer --tool racecheck python evals/racecheck_control.py $form
+        compute-sanitizer --tool racecheck python evals/racecheck_control.py $form [--for-racecheck]
     done
 
 A tile passes through shared memory, from threads that write it to others that read it, many times by the same place:
@@ -10,12 +10,14 @@ A tile passes through shared memory, from threads that write it to others that r
     mbarrier    two roles, a producer and a consumer, that wait for each other at two mbarriers, as in any pipeline
     none        the same two roles without waiting: a race
 
-`barrier` must be clean and `none` must be reported. Whether `mbarrier`, which is right, is reported too says what the
-tool's hazards on `fastmamba.kernels.ssd_hopper` are worth. The output is checked: it is the input, except in `none`.
+`barrier` and `mbarrier` are right, `none` must be reported. As Triton compiles it, `mbarrier` is reported as well; in
+the form of `racecheck_ptx.py` it must be clean, and then so must be `fastmamba.kernels.ssd_hopper`. The output is
+checked: it is the input, except in `none`.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,11 +30,12 @@ from triton.experimental import gluon  # noqa: E402
 from triton.experimental.gluon import language as gl  # noqa: E402
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier  # noqa: E402
 
+from evals import racecheck_ptx  # noqa: E402
 from fastmamba.kernels._ssd_hopper_terms import sync_threads  # noqa: E402
 
 SIZE = gl.constexpr(256)
 ROUNDS = 16
-WARP = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
+WARP = gl.constexpr(gl.BlockedLayout([8], [32], [1], [0]))  # stores one by one: racecheck does not see stmatrix
 WARPS = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 OTHERWISE = gl.constexpr(gl.BlockedLayout([2], [32], [4], [0]))  # an element is another thread's
 
@@ -89,10 +92,13 @@ def _kernel(source, target, rounds, FORM: gl.constexpr):
 
 
 def main() -> int:
-    form = sys.argv[1] if len(sys.argv) == 2 else ""
-    if form not in ("barrier", "mbarrier", "none"):
-        print((__doc__ or "").strip())
-        return 2
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("form", choices=("barrier", "mbarrier", "none"))
+    parser.add_argument("--for-racecheck", action="store_true", help="in the form of racecheck_ptx.py")
+    options = parser.parse_args()
+    if options.for_racecheck:
+        racecheck_ptx.install()
+    form = options.form
     source = torch.randn(ROUNDS, SIZE.value, device="cuda")
     target = torch.full_like(source, float("nan"))
     kernel: Any = _kernel

@@ -18,6 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # evals is not installed
 
+from evals import racecheck_ptx  # noqa: E402
 from evals.ssd_check import allowed, errors  # noqa: E402
 from fastmamba import configs  # noqa: E402
 from fastmamba.ops import ssd  # noqa: E402
@@ -48,7 +49,10 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--variant", help="of the kernel; without it, whichever serves the shape")
     parser.add_argument("--small-grid", action="store_true", help="odd small shapes instead")
+    parser.add_argument("--for-racecheck", action="store_true", help="kernels in the form of racecheck_ptx.py")
     options = parser.parse_args()
+    if options.for_racecheck:
+        racecheck_ptx.install()
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device")
     device = torch.device("cuda", torch.cuda.current_device())
