@@ -346,9 +346,11 @@ def _walk_role(
                 after = c + 1
                 xT = _fetch(k, xs, came, after % DEEP, after // DEEP & 1, after < summed, 2, narrow)
                 mbarrier.wait(known.index(group), turn, pred=after < summed)
-                left, rest = _weights(nums, head, group, after, dtype, gl.SliceLayout(0, narrow), ROWS)
+                there_are = gl.where(after < summed, group, unneeded)  # numbers: after the last chunk nobody needs any
+                after = gl.where(after < summed, after, c)
+                left, rest = _weights(nums, head, there_are, after, dtype, gl.SliceLayout(0, narrow), ROWS)
                 part = _product(xT, rest[None, :])
-                total = _total(nums, head, group, after, gl.SliceLayout(1, wide))
+                total = _total(nums, head, there_are, after, gl.SliceLayout(1, wide))
                 state = warpgroup_mma_wait(0, [sum])
                 mbarrier.arrive(summed_up.index(c % DEEP), count=1)
                 if last:
