@@ -323,7 +323,7 @@ def walk_role(
         element: gl.constexpr = handed_ptr.dtype.element_ty
         kept = handed_ptr + parts.to(gl.int64) * (Q * N) + handed_row
         xT = _fetch(FIRST, arena, came, slot, phase, summed > skip, -FIRST_EACH, narrow)
-        mbarrier.wait(known.index(group), turn, pred=summed > skip)
+        mbarrier.wait(known.index(group), turn)
         left, rest = _weights(nums, head, group, skip, dtype, gl.SliceLayout(0, narrow))
         part = _product(xT, rest[None, :])
         total = _numbers(nums, head, group, skip, _TOTAL).load(gl.SliceLayout(1, wide))

@@ -327,7 +327,7 @@ def _walk_role(
         element: gl.constexpr = handed_ptr.dtype.element_ty
         kept = handed_ptr + parts.to(gl.int64) * (Q * N) + handed_row
         xT = _fetch(k, xs, came, 0, 0, summed > 0, 2, narrow)
-        mbarrier.wait(known.index(group), turn, pred=summed > 0)
+        mbarrier.wait(known.index(group), turn)
         left, rest = _weights(nums, head, group, 0, dtype, gl.SliceLayout(0, narrow), ROWS)
         part = _product(xT, rest[None, :])
         total = _total(nums, head, group, 0, gl.SliceLayout(1, wide))
