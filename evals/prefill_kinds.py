@@ -12,7 +12,10 @@ from torch.profiler import ProfilerActivity, profile
 
 # The first that a kernel's name matches. "everything else" is eager PyTorch: casts, copies, elementwise, reductions.
 KINDS = (
-    ("SSD", r"_ssd|ssd_|^(_|_scores_|wide_)kernel$|_chunk_(cumsum|scan|state)|_bmm_chunk|_state_pass|selective_state"),
+    (
+        "SSD",
+        r"_ssd|ssd_|^(_|_scores_|_own_scores_|wide_)kernel$|_chunk_(cumsum|scan|state)|_bmm_chunk|_state_pass|selective_state",
+    ),
     ("attention", r"flash|fmha|attention|sdpa|cudnn_generated"),
     ("convolution", r"_conv_kernel|causal_conv|conv_depthwise|conv1d|convolve|cudnn"),
     ("norms", r"_norm_kernel|layer_norm|rms_norm|norm_fwd"),

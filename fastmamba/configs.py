@@ -312,15 +312,17 @@ class _Walk:
         return self.step * ((waves + last) * (walk + self.start) + (min(segments, slots) - 1) * self.handover)
 
 
-_TWO = _Walk(chunk=32, stages=4, resident=2, step=1.47, start=8.7, handover=0.5, alone=0.8)
+_TWO = _Walk(chunk=32, stages=4, resident=2, step=1.47, start=8.7, scores=True, handover=0.5, alone=0.8)
 """With a copy engine: small chunks, many of them ahead."""
-_THREE = _Walk(chunk=32, stages=4, resident=3, step=1.86, start=8.5, registers=168, handover=0.9, alone=0.65)
+_THREE = _Walk(
+    chunk=32, stages=3, resident=3, step=1.86, start=8.5, registers=168, scores=True, handover=0.9, alone=0.65
+)
 """The same, as many blocks as 168 registers allow: where there is enough to share out."""
 _LONE = _Walk(chunk=64, stages=3, resident=1, step=1.84, start=3.1, handover=1.75)
 """With a copy engine, a block a multiprocessor: larger chunks."""
-_TALL = _Walk(chunk=32, stages=4, resident=2, step=2.2, start=15.0, channels=128, held=4096)
+_TALL = _Walk(chunk=32, stages=4, resident=2, step=2.2, start=15.0, channels=128, held=4096, scores=True)
 """With a copy engine, heads of more than 64 channels: B and C are read and multiplied once for 128 of them."""
-_WIDE = _Walk(chunk=32, stages=3, resident=2, step=2.0, start=11.0, held=4096, summing=0.4, handover=1.0)
+_WIDE = _Walk(chunk=32, stages=2, resident=2, step=2.0, start=11.0, held=4096, scores=True, summing=0.4, handover=1.0)
 """With a copy engine, more than 128 state channels."""
 _WIDE_TALL = _Walk(
     chunk=32,
@@ -357,10 +359,13 @@ def _ways(full: bool, limits: _Limits, head_dim: int, block_n: int) -> tuple[_Wa
 def _shared(walk: _Walk, limits: _Limits, block_p: int, block_n: int, size: int) -> int:
     """Bytes of a block: the tiles that are loaded ahead, those of scores and y, and some for decays."""
     # Triton has as many buffers as stages where all that reads B and C are wgmma, else one less.
+    ahead = max(1, walk.stages - 1)
     whole = limits.copy_engine and (walk.chunk > 32 or walk.scores)
-    buffers = walk.stages if whole else max(1, walk.stages - 1)
-    scores = 4 * walk.chunk * buffers if walk.scores else 0
-    return walk.chunk * ((buffers * (block_p + 2 * block_n) + walk.chunk + block_p) * size + scores + 64)
+    buffers = walk.stages if whole else ahead
+    beside = ahead if walk.scores else buffers  # of x and scores
+    scores = 4 * walk.chunk * beside if walk.scores else 0
+    elements = 2 * buffers * block_n + beside * block_p + walk.chunk + block_p
+    return walk.chunk * (elements * size + scores + 64)
 
 
 def _portable(

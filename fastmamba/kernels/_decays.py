@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
+from fastmamba.kernels._dot import INTERPRETED
 from fastmamba.kernels._exp2 import exp2
-from fastmamba.kernels._softplus import softplus
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -14,24 +15,41 @@ LOG2E = tl.constexpr(1.4426950408889634)
 CUM = tl.constexpr(0)  # log2 of the decay since the chunk began
 ENTRY = tl.constexpr(1)  # the same, less log2 of dt: 2 ** (CUM[t] - ENTRY[s]) is what s contributes at t; or dt itself
 LEFT = tl.constexpr(2)  # dt times the decay until the chunk ends
-SUMMED = tl.constexpr(3)  # dt times the decay until the segment ends
-LOW = tl.constexpr(4)  # what rounding CUM lost
+ITSELF = tl.constexpr(3)  # what a token's x is multiplied by in its own y: dt times C . B, and D (half precision)
+LOW = tl.constexpr(3)  # what rounding CUM lost (float32)
+SUMMED = tl.constexpr(4)  # dt times the decay until the segment ends
 
 
 @triton.jit
 def _log2(v):
-    """log2 of a float32 that is not negative, to 3e-7; what is less than the smallest normal number counts as zero."""
+    """log2 of a float32 that is not negative, to 4e-7; what is less than the smallest normal number counts as zero."""
     bits = v.to(tl.int32, bitcast=True)
-    whole = (bits >> 23) - 127
-    m = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
-    high = m > 1.4142135
-    m = tl.where(high, m * 0.5, m)
-    u = (m - 1.0) / (m + 1.0)
-    u2 = u * u
-    # 2 / ln 2 times the series of the inverse hyperbolic tangent; |u| < 0.172
-    series = 2.8853900817779268 + u2 * (0.9617966939 + u2 * (0.5770780164 + u2 * 0.4121985831))
-    log = tl.where(high, whole + 1, whole).to(tl.float32) + u * series
-    return tl.where(whole == -127, float("-inf"), log)
+    whole = (bits - 0x3F3504F3) >> 23  # so that what is left is between the root of 1/2 and that of 2
+    f = (bits - (whole << 23)).to(tl.float32, bitcast=True) - 1.0
+    series = 0.17063431
+    series = series * f - 0.2726979
+    series = series * f + 0.2972626
+    series = series * f - 0.35896185
+    series = series * f + 0.48046502
+    series = series * f - 0.7213759
+    series = series * f + 1.4426997
+    return tl.where(bits < 0x800000, float("-inf"), series * f + whole.to(tl.float32))
+
+
+@triton.jit
+def _softplus(v):
+    """log(1 + exp(v)) to 2e-7 of it, in a third of the instructions of one that goes by the logarithm."""
+    e = tl.exp2(tl.abs(v) * -LOG2E)
+    series = 0.005232665687799454
+    series = series * e - 0.02950511872768402
+    series = series * e + 0.0782257467508316
+    series = series * e - 0.1366322636604309
+    series = series * e + 0.19105996191501617
+    series = series * e - 0.2484297901391983
+    series = series * e + 0.3331909775733948
+    series = series * e - 0.4999949336051941
+    series = series * e + 0.9999999403953552
+    return tl.maximum(v, 0.0) + series * e
 
 
 @triton.jit
@@ -49,12 +67,16 @@ def power_of_2(v, COMPENSATED: tl.constexpr):
 def discretize(
     dt_ptr,  # at [b, first token of the segment, h]
     nums_ptr,  # at [b, h, slice, first token of the segment]
+    own_ptr,  # C . B, at [b, g, first token of the segment]; or None
     lead,
     stride_dt_t,
+    own_chunk,  # elements of own from a chunk to the next
+    own_token,
     tokens,  # left from the segment's first token on
     chunks,
     A,
     bias,
+    skip,
     dt_min,
     dt_max,
     SOFTPLUS: tl.constexpr,
@@ -62,6 +84,7 @@ def discretize(
     COMPENSATED: tl.constexpr,
     STEPS: tl.constexpr,
     SPLIT: tl.constexpr,
+    OVERLAP: tl.constexpr,
     Q: tl.constexpr,
     R: tl.constexpr,
 ):
@@ -79,42 +102,46 @@ def discretize(
     after = tl.cast(0.0, wide)  # log2 of the decay from a round's last token to the segment's
     rate = tl.cast(A, wide) * LOG2E
     for i in range(rounds):
-        first = (rounds - 1 - i) * R
-        t = (first + row)[:, None] * Q + col[None, :]  # [R, Q]
-        own = (first + row)[:, None] < chunks
-        inside = own & (t < tokens)
+        chunk = (rounds - 1 - i) * R + row[None, :]
+        t = chunk * Q + col[:, None]  # [Q, R]
+        there = chunk < chunks
+        inside = there & (t < tokens)
         dt = tl.load(dt_ptr + t.to(tl.int64) * stride_dt_t, mask=inside, other=0.0).to(tl.float32)
         if SOFTPLUS and COMPENSATED:
             dt = dt.to(tl.float64) + bias
             dt = (tl.maximum(dt, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(dt)))).to(tl.float32)
         elif SOFTPLUS:
-            dt = softplus(dt + bias)
+            dt = _softplus(dt + bias)
         else:
             dt += bias
         if CLAMP:
             dt = tl.minimum(tl.maximum(dt, dt_min), dt_max)
         dt = tl.where(inside, dt, 0.0)  # past the end: no decay, no input
-        exact = tl.cumsum(dt.to(wide) * rate, axis=1)
+        exact = tl.cumsum(dt.to(wide) * rate, axis=0)
         cum = exact.to(tl.float32)
-        last = tl.sum(dt.to(wide) * rate, axis=1)  # [R]
-        left = tl.expand_dims(last, 1) - exact  # log2 of the decay until the chunk ends
-        tl.store(nums_ptr + t, cum, mask=own)
+        last = tl.sum(dt.to(wide) * rate, axis=0)  # [R]
+        left = tl.expand_dims(last, 0) - exact  # log2 of the decay until the chunk ends
+        tl.store(nums_ptr + t, cum, mask=there)
         if STEPS:
-            tl.store(nums_ptr + ENTRY * lead + t, dt, mask=own)
+            tl.store(nums_ptr + ENTRY * lead + t, dt, mask=there)
             scale = dt
         else:
             log = _log2(dt)
-            tl.store(nums_ptr + ENTRY * lead + t, cum - log, mask=own)
+            tl.store(nums_ptr + ENTRY * lead + t, cum - log, mask=there)
             left += log
             scale = 1.0
-        tl.store(nums_ptr + LEFT * lead + t, scale * power_of_2(left, COMPENSATED), mask=own)
+        tl.store(nums_ptr + LEFT * lead + t, scale * power_of_2(left, COMPENSATED), mask=there)
         if SPLIT:
             later = tl.cumsum(last, axis=0, reverse=True) - last + after  # chunks of this round, and later rounds
-            tl.store(
-                nums_ptr + SUMMED * lead + t, scale * power_of_2(left + tl.expand_dims(later, 1), COMPENSATED), mask=own
-            )
+            summed = scale * power_of_2(left + tl.expand_dims(later, 0), COMPENSATED)
+            tl.store(nums_ptr + SUMMED * lead + t, summed, mask=there)
             after += tl.sum(last, axis=0)
+        if own_ptr is not None:
+            if OVERLAP and not INTERPRETED:
+                gdc_wait()  # the launch before this one may still be writing them
+            own = tl.load(own_ptr + chunk.to(tl.int64) * own_chunk + col[:, None] * own_token, mask=inside, other=0.0)
+            tl.store(nums_ptr + ITSELF * lead + t, own * dt + skip, mask=there)
         if COMPENSATED:
-            tl.store(nums_ptr + LOW * lead + t, (exact - cum.to(tl.float64)).to(tl.float32), mask=own)
+            tl.store(nums_ptr + LOW * lead + t, (exact - cum.to(tl.float64)).to(tl.float32), mask=there)
     tl.debug_barrier()  # the block's other threads read it back
     return after

@@ -1,4 +1,4 @@
-"""C B^T of every chunk, once for all heads of a group, for a kernel that would multiply them in each block."""
+"""C B^T of every chunk, or its diagonal alone, once for all heads of a group."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from fastmamba.kernels._dot import dot
+from fastmamba.kernels._dot import INTERPRETED, dot
 from fastmamba.kernels._launch import Launcher
 
 
@@ -32,7 +32,7 @@ def _scores_kernel(
     PRECISION: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    if OVERLAP:
+    if OVERLAP and not INTERPRETED:
         gdc_launch_dependents()
     place = tl.program_id(0)
     group = place // chunks
@@ -51,7 +51,44 @@ def _scores_kernel(
     tl.store(at, dot(B, tl.trans(C), PRECISION))
 
 
+@triton.jit(do_not_specialize=["T", "lead", "parts"])
+def _own_scores_kernel(
+    own_ptr,
+    B_ptr,
+    C_ptr,
+    T,
+    lead,
+    parts,
+    G,
+    stride_B_b,
+    stride_B_t,
+    stride_B_g,
+    stride_C_b,
+    stride_C_t,
+    stride_C_g,
+    N: tl.constexpr,
+    BN: tl.constexpr,
+    R: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    if OVERLAP and not INTERPRETED:
+        gdc_launch_dependents()
+    place = tl.program_id(0)
+    group = place // parts
+    b = tl.cast(group // G, tl.int64)
+    g = group % G
+    n = tl.arange(0, BN)
+    t = place % parts * R + tl.arange(0, R)
+    inside = (t < T)[:, None] & (n < N)[None, :]
+    row = t.to(tl.int64)[:, None]
+    B = tl.load(B_ptr + b * stride_B_b + row * stride_B_t + g * stride_B_g + n[None, :], mask=inside, other=0.0)
+    C = tl.load(C_ptr + b * stride_C_b + row * stride_C_t + g * stride_C_g + n[None, :], mask=inside, other=0.0)
+    own = tl.sum(B.to(tl.float32) * C.to(tl.float32), axis=1)
+    tl.store(own_ptr + tl.cast(group, tl.int64) * lead + t, own, mask=t < T)
+
+
 _launch = Launcher(_scores_kernel)
+_launch_own = Launcher(_own_scores_kernel)
 
 
 def chunk_scores(B: Tensor, C: Tensor, chunk: int, block_n: int, precision: str, overlap: bool = False) -> Tensor:
@@ -70,4 +107,20 @@ def chunk_scores(B: Tensor, C: Tensor, chunk: int, block_n: int, precision: str,
     numbers = (tokens, chunks, groups, *B.stride()[:3], *C.stride()[:3])
     grid = (batch * groups * chunks, 1, 1)
     _launch(grid, (out, B, C), numbers, (width, chunk, block_n, precision, overlap), num_warps=4)
+    return out
+
+
+def own_scores(B: Tensor, C: Tensor, lead: int, block_n: int, overlap: bool = False) -> Tensor:
+    """B[t] . C[t] of every token, (B, G, lead) in float32, of which the first T are written.
+
+    Args:
+        B, C, block_n, overlap: as of `chunk_scores`.
+        lead: T or more.
+    """
+    batch, tokens, groups, width = B.shape
+    rows = max(1, 2048 // block_n)
+    parts = -(-tokens // rows)
+    out = B.new_empty((batch, groups, lead), dtype=torch.float32)
+    numbers = (tokens, lead, parts, groups, *B.stride()[:3], *C.stride()[:3])
+    _launch_own((batch * groups * parts, 1, 1), (out, B, C), numbers, (width, block_n, rows, overlap), num_warps=4)
     return out

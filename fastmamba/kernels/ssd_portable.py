@@ -1,4 +1,4 @@
-"""The SSD prefill in one Triton launch, for every GPU that Triton supports.
+"""The SSD prefill, for every GPU that Triton supports: a short launch for what heads share, and one for all the rest.
 
 A block owns one (batch row, head, slice of P) over one segment of the sequence, and keeps the state in registers in
 float32 while it walks the segment chunk by chunk. Where batch x heads does not fill the GPU, the sequence is split into
@@ -9,7 +9,9 @@ Everything is transposed: channels are the rows, so that the state and x are the
 tensor cores can take from registers. x, B, C and y go through tensor descriptors where the GPU has a copy engine for
 them and the tensors are laid out as it needs.
 
-Wide blocks would wait for C B^T in every chunk: there a launch before works it out, once for all heads of a group.
+In half precision the launch before works out C . B of each token, of which a token's own contribution to y is made:
+that is the largest of all, and is added in float32. Blocks that would wait for C B^T of a whole chunk get it from there
+as well, once for all heads of a group.
 
 Blocks take their work from an atomic ticket, segments in order, so a block only ever waits for a block that has already
 started: no start order can deadlock. Which block does a piece of work never changes what is added to what in which
@@ -27,11 +29,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastmamba.configs import MOST_REGISTERS, SsdConfig, copy_engine
-from fastmamba.kernels._decays import CUM, ENTRY, LEFT, LOW, SUMMED, discretize, power_of_2
-from fastmamba.kernels._dot import dot
+from fastmamba.kernels._decays import CUM, ENTRY, ITSELF, LEFT, LOW, SUMMED, discretize, power_of_2
+from fastmamba.kernels._dot import dot, finished
 from fastmamba.kernels._exp2 import exp2
 from fastmamba.kernels._launch import Launcher, unit_stride
-from fastmamba.kernels._scores import chunk_scores
+from fastmamba.kernels._scores import chunk_scores, own_scores
 from fastmamba.kernels._sync import zeros_left_as_found
 
 SPAN = tl.constexpr(16)
@@ -64,8 +66,32 @@ def _weigh(xT, weight):
     return (xT.to(tl.float32) * weight[None, :]).to(xT.dtype)
 
 
+@triton.jit
+def _plus(a, b):
+    """a + b, of two products that are not to become one sum: tensor cores cut off what a partial sum gains below its
+    last bit, so that shorter sums lose less of float32.
+    """
+    return tl.fma(b, tl.full(b.shape, 1.0, tl.float32), a)
+
+
+@triton.jit
+def _before(handed, passed, count, size, there):
+    """Some of the state before a segment, of what the `count` segments before it handed on, each `size` elements.
+
+    And the decay since the first of these began.
+    """
+    state = tl.zeros(there.shape, dtype=tl.float32)
+    left = 1.0  # decay from the end of a segment to the beginning of this one
+    for other in range(1, count + 1):
+        # written by another multiprocessor a moment ago: not from the L1 cache
+        piece = tl.load(handed - other * size, mask=there, other=0.0, cache_modifier=".cg")
+        state += piece.to(tl.float32) * left
+        left *= tl.load(passed - other, cache_modifier=".cg")
+    return state, left
+
+
 # One binary for all sizes: a specialisation saves nothing here and costs seconds of compilation.
-@triton.jit(do_not_specialize=["T", "segments", "chunks_per_segment", "sum_steps"])
+@triton.jit(do_not_specialize=["T", "segments", "chunks_per_segment", "sum_steps", "own_chunk", "own_token"])
 def _ssd_kernel(
     dt_ptr,
     x,
@@ -78,6 +104,7 @@ def _ssd_kernel(
     D_ptr,
     z_ptr,
     scores_ptr,
+    own_ptr,
     bias_ptr,
     init_ptr,
     final_ptr,
@@ -92,6 +119,8 @@ def _ssd_kernel(
     segments,
     chunks_per_segment,
     sum_steps,
+    own_chunk,  # elements of own from a chunk to the next, and from a token
+    own_token,
     dt_min,
     dt_max,
     stride_x_b,
@@ -115,6 +144,7 @@ def _ssd_kernel(
     QS: tl.constexpr,
     BP: tl.constexpr,
     BN: tl.constexpr,
+    PARTS: tl.constexpr,
     R: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     CLAMP: tl.constexpr,
@@ -130,6 +160,8 @@ def _ssd_kernel(
     STEP_STAGES: tl.constexpr,
     LOG_A: tl.constexpr,
     Y_SCALE: tl.constexpr,
+    ENGINE: tl.constexpr,
+    RUN_ON: tl.constexpr,
 ):
     dtype: tl.constexpr = x.dtype if DESCRIBED else x.dtype.element_ty
     COMPENSATED: tl.constexpr = dtype == tl.float32
@@ -157,7 +189,9 @@ def _ssd_kernel(
     tl.assume(sum_steps > 0)
 
     p = part * BP + tl.arange(0, BP)
-    n = tl.arange(0, BN)
+    # The state is held in PARTS of its columns, which become operands one after the other.
+    WN: tl.constexpr = BN // PARTS
+    n = tl.arange(0, WN)
     q = tl.arange(0, Q)
     has_p = p < P
 
@@ -176,15 +210,25 @@ def _ssd_kernel(
     walk = (tl.cast(b, tl.int64) * H + h) * slices + part
     nums_ptr += (walk * segments + seg) * chunks_per_segment * Q
     lead = tl.cast(lead, tl.int64)
+    place = tl.cast(b * G + g, tl.int64) * ((T + Q - 1) // Q) + seg * chunks_per_segment  # among all groups' chunks
+    if own_ptr is not None:
+        own_ptr += place * own_chunk
+    skip = 0.0
+    if D_PER_HEAD:
+        skip = tl.load(D_ptr + h).to(tl.float32)
     decay = discretize(
         dt_ptr + tl.cast(b, tl.int64) * stride_dt_b + tl.cast(first, tl.int64) * stride_dt_t + h * stride_dt_h,
         nums_ptr,
+        own_ptr,
         lead,
         stride_dt_t,
+        own_chunk,
+        own_token,
         tokens,
         chunks,
         A,
         bias,
+        skip,
         dt_min,
         dt_max,
         SOFTPLUS,
@@ -192,6 +236,7 @@ def _ssd_kernel(
         COMPENSATED,
         STEPS,
         SPLIT,
+        ENGINE,
         Q,
         R,
     )
@@ -200,16 +245,18 @@ def _ssd_kernel(
     B_column = g * stride_B_g
     C_column = g * stride_C_g
     width_x = P - part * BP
-    state = tl.zeros((BP, BN), dtype=tl.float32)  # [P, N]
     state_at = (tl.cast(b, tl.int64) * H + h) * P * N + p[:, None] * N + n[None, :]
     has_state = has_p[:, None] & (n < N)[None, :]
+    has_right = has_p[:, None] & (n < N - WN)[None, :]
+    state = tl.zeros((BP, WN), dtype=tl.float32)  # [P, N], or the left half of its columns
+    right = state
 
     # -- The state before the segment: the sum of what each segment before it adds, back to one that hands on a whole
     # state, as every SPAN-th does. So a segment waits for first passes, which all end at the same time, and for
     # another's sum only once in SPAN segments.
     if SPLIT:
         row = (tl.cast(b, tl.int64) * H + h) * segments + seg
-        handed = handed_ptr + row * (P * N) + p[:, None] * N + n[None, :]
+        handed = handed_ptr + row * (P * N) + p[:, None] * N
         passed = passed_ptr + walk * segments + seg
         flag = sync_ptr + 1 + walk * segments + seg  # counts the segments before that have told this one
         turn = seg % SPAN
@@ -221,8 +268,9 @@ def _ssd_kernel(
                 weight = tl.load(nums_ptr + SUMMED * lead + i * QS + tl.arange(0, QS))
                 xT = tl.trans(_tile(x_sum, b, t, x_column, stride_x_b, stride_x_t, T, width_x, QS, BP, DESCRIBED))
                 Bc = _tile(B_sum, b, t, B_column, stride_B_b, stride_B_t, T, N, QS, BN, DESCRIBED)  # [QS, N]
-                own += dot(_weigh(xT, weight), Bc, PRECISION)
-            tl.store(handed, own.to(handed_ptr.dtype.element_ty), mask=has_state)
+                own = finished(own + dot(_weigh(xT, weight), Bc, PRECISION), ENGINE)
+            column = tl.arange(0, BN)[None, :]
+            tl.store(handed + column, own.to(handed_ptr.dtype.element_ty), mask=has_p[:, None] & (column < N))
             tl.store(passed, power_of_2(decay, COMPENSATED))
             if turn + 1 < SPAN:
                 tl.debug_barrier()  # every thread's part is written before the others are told
@@ -235,31 +283,34 @@ def _ssd_kernel(
                 arrived = tl.atomic_add(flag, 0, sem="acquire")
             tl.debug_barrier()
             tl.store(flag, 0)  # left as it was found
-        left = 1.0  # decay from the end of a segment to the beginning of this one
-        for other in range(1, count + 1):
-            # written by another multiprocessor a moment ago: not from the L1 cache
-            piece = tl.load(handed - other * (P * N), mask=has_state, other=0.0, cache_modifier=".cg")
-            state += piece.to(tl.float32) * left
-            left *= tl.load(passed - other, cache_modifier=".cg")
+        handed += n[None, :]
+        state, left = _before(handed, passed, count, P * N, has_state)
+        if PARTS == 2:
+            right, left = _before(handed + WN, passed, count, P * N, has_right)
         if init_ptr is not None:
             if seg < SPAN:
                 state += tl.load(init_ptr + state_at, mask=has_state, other=0.0).to(tl.float32) * left
+                if PARTS == 2:
+                    right += tl.load(init_ptr + state_at + WN, mask=has_right, other=0.0).to(tl.float32) * left
         if (seg + 1 < segments) & (turn + 1 == SPAN):
-            whole = tl.load(handed, mask=has_state, other=0.0).to(tl.float32) + state * power_of_2(decay, COMPENSATED)
+            fall = power_of_2(decay, COMPENSATED)
+            whole = tl.load(handed, mask=has_state, other=0.0).to(tl.float32) + state * fall
             tl.store(handed, whole.to(handed_ptr.dtype.element_ty), mask=has_state)
+            if PARTS == 2:
+                whole = tl.load(handed + WN, mask=has_right, other=0.0).to(tl.float32) + right * fall
+                tl.store(handed + WN, whole.to(handed_ptr.dtype.element_ty), mask=has_right)
             tl.debug_barrier()
             tl.atomic_add(ready, 1, mask=tl.arange(0, SPAN) < segments - 1 - seg, sem="release")
     elif init_ptr is not None:
         state = tl.load(init_ptr + state_at, mask=has_state, other=0.0).to(tl.float32)
+        if PARTS == 2:
+            right = tl.load(init_ptr + state_at + WN, mask=has_right, other=0.0).to(tl.float32)
 
     # -- the output
     if scores_ptr is not None:
-        place = tl.cast(b * G + g, tl.int64) * ((T + Q - 1) // Q) + seg * chunks_per_segment
         scores_at = scores_ptr + place * (Q * Q) + q[:, None] * Q + q[None, :]  # [s, t]
     if D_PER_CHANNEL:
-        D = tl.load(D_ptr + h * P + p, mask=has_p, other=0.0).to(tl.float32)[:, None]
-    elif D_PER_HEAD:
-        D = tl.load(D_ptr + h).to(tl.float32)
+        skip = tl.load(D_ptr + h * P + p, mask=has_p, other=0.0).to(tl.float32)[:, None]
     for c in tl.range(0, chunks, num_stages=STAGES):
         t = first + c * Q
         at = nums_ptr + c * Q
@@ -274,48 +325,60 @@ def _ssd_kernel(
             low = tl.load(at + LOW * lead + q)
             last_low = tl.load(at + LOW * lead + Q - 1)
             low_since = low[None, :] - low[:, None]
-        Bc = _tile(B, b, t, B_column, stride_B_b, stride_B_t, T, N, Q, BN, DESCRIBED)  # [Q, N]
-        CT = tl.trans(_tile(C, b, t, C_column, stride_C_b, stride_C_t, T, N, Q, BN, DESCRIBED))  # [N, Q]
+        Bc = _tile(B, b, t, B_column, stride_B_b, stride_B_t, T, N, Q, WN, DESCRIBED)  # [Q, N]
+        CT = tl.trans(_tile(C, b, t, C_column, stride_C_b, stride_C_t, T, N, Q, WN, DESCRIBED))  # [N, Q]
+        if PARTS == 2:
+            B_right = _tile(B, b, t, B_column + WN, stride_B_b, stride_B_t, T, N - WN, Q, WN, DESCRIBED)
+            CT_right = tl.trans(_tile(C, b, t, C_column + WN, stride_C_b, stride_C_t, T, N - WN, Q, WN, DESCRIBED))
 
-        # The scores are done with before the state is made an operand, and x comes after: the fewest registers at once.
-        causal = q[:, None] <= q[None, :]  # [s, t]
+        # The scores are done with before the state is made an operand: the fewest registers at once.
+        causal = q[:, None] <= q[None, :] if COMPENSATED else q[:, None] < q[None, :]  # [s, t]
         if STEPS:
             decayed = exp2(cum[None, :] - cum[:, None], low_since, COMPENSATED) * entry[:, None]
             decayed = tl.where(causal, decayed, 0.0)
         else:
             decayed = tl.exp2(tl.where(causal, cum[None, :] - entry[:, None], float("-inf")))
-        # Tensor cores cut off what each partial sum gains below its last bit: shorter sums lose less of float32.
-        HALVES: tl.constexpr = COMPENSATED and BN > 128
-        if HALVES:
-            front = tl.where((n < BN // 2)[:, None], CT, 0.0)
-            back = tl.where((n >= BN // 2)[:, None], CT, 0.0)
-            scores = dot(Bc, front, PRECISION) * decayed + dot(Bc, back, PRECISION) * decayed
+        if scores_ptr is not None:
+            scores = tl.load(scores_at + c * (Q * Q))
         else:
-            if scores_ptr is not None:
-                scores = tl.load(scores_at + c * (Q * Q))
-            else:
-                scores = dot(Bc, CT, PRECISION)
-            if RELAXED:
-                scores = scores.to(dtype).to(tl.float32)
-                decayed = decayed.to(dtype).to(tl.float32)
-            scores *= decayed
-        scores = scores.to(dtype)
-        since = exp2(cum, low, COMPENSATED)[None, :]
-        if HALVES:
-            yT = dot(state, front, PRECISION) * since + dot(state, back, PRECISION) * since
+            scores = dot(Bc, CT, PRECISION)
+            if PARTS == 2:
+                scores = _plus(scores, dot(B_right, CT_right, PRECISION))
+        if RELAXED:
+            scores = scores.to(dtype).to(tl.float32)
+            decayed = decayed.to(dtype).to(tl.float32)
+        scores = (scores * decayed).to(dtype)
+        since = tl.broadcast_to(exp2(cum, low, COMPENSATED)[None, :], BP, Q)
+        if RUN_ON:
+            # A product that does not need the state comes first: until then the state's of the chunk before runs on.
+            xT = tl.trans(_tile(x, b, t, x_column, stride_x_b, stride_x_t, T, width_x, Q, BP, DESCRIBED))  # [P, Q]
+            yT = dot(xT, scores, PRECISION)
+            before = dot(state.to(dtype), CT, PRECISION)  # [P, Q], what came before the chunk
+            if PARTS == 2:
+                before += dot(right.to(dtype), CT_right, PRECISION)
+            yT = tl.fma(before, since, yT)  # by + and * Triton would make one sum of them, the other way round
         else:
-            yT = dot(state.to(dtype), CT, PRECISION) * since  # [P, Q], what came before the chunk
-        xT = tl.trans(_tile(x, b, t, x_column, stride_x_b, stride_x_t, T, width_x, Q, BP, DESCRIBED))  # [P, Q]
-        yT += dot(xT, scores, PRECISION)
-        if D_PER_HEAD or D_PER_CHANNEL:
-            yT += xT.to(tl.float32) * D
+            yT = dot(state.to(dtype), CT, PRECISION)
+            if PARTS == 2:
+                yT = _plus(yT, dot(right.to(dtype), CT_right, PRECISION))
+            yT *= since
+            xT = tl.trans(_tile(x, b, t, x_column, stride_x_b, stride_x_t, T, width_x, Q, BP, DESCRIBED))
+            yT += dot(xT, scores, PRECISION)
+        if not COMPENSATED:
+            own = tl.load(at + ITSELF * lead + q)[None, :]
+            yT += xT.to(tl.float32) * (own + skip if D_PER_CHANNEL else own)
+        elif D_PER_HEAD or D_PER_CHANNEL:
+            yT += xT.to(tl.float32) * skip
         if z_ptr is not None:
             z_at = z_ptr + tl.cast(b, tl.int64) * stride_z_b + tl.cast(t, tl.int64) * stride_z_t + h * stride_z_h
             has_z = (q < T - t)[:, None] & has_p[None, :]
             z = tl.trans(tl.load(z_at + q[:, None] * stride_z_t + p[None, :], mask=has_z, other=0.0).to(tl.float32))
             yT *= z * tl.sigmoid(z)
-        # last, so that it may go on while the next chunk begins
-        state = dot(_weigh(xT, weight), Bc, PRECISION) + state * exp2(last, last_low, COMPENSATED)
+        fall = exp2(last, last_low, COMPENSATED)
+        weighed = _weigh(xT, weight)
+        state = dot(weighed, Bc, PRECISION) + state * fall
+        if PARTS == 2:
+            right = dot(weighed, B_right, PRECISION) + right * fall
         out = tl.trans((yT * Y_SCALE).to(dtype))
         if DESCRIBED:
             y.store([b, t, h * P + part * BP], out.reshape(1, Q, BP))
@@ -326,6 +389,8 @@ def _ssd_kernel(
     if STORE_FINAL:
         if seg + 1 == segments:
             tl.store(final_ptr + state_at, state, mask=has_state)
+            if PARTS == 2:
+                tl.store(final_ptr + state_at + WN, right, mask=has_right)
 
 
 _launch = Launcher(_ssd_kernel, described=True)
@@ -360,6 +425,37 @@ def _descriptor(tensor: Tensor, chunk: int, block: int) -> TensorDescriptor:
     return descriptor
 
 
+def _parts(config: SsdConfig, full: bool) -> int:
+    """In how many parts a state becomes an operand; `full` says float32.
+
+    Two, where a thread holds so much of it that the whole one as an operand would leave no room, unless eight warps
+    meet for each tile more. In float32 as well, so that sums are shorter.
+    """
+    crowded = config.warps <= 4 and config.block_p * config.block_n >= 4096 * config.warps
+    return 2 if config.block_n > 128 and (full or crowded) else 1
+
+
+def _runs_on(config: SsdConfig, parts: int) -> bool:
+    """Whether there are registers to let the state's product run on into the next chunk."""
+    few = config.block_p * config.block_n <= 2048 * config.warps and config.registers == MOST_REGISTERS
+    return config.scores and (few or parts == 2)
+
+
+def _first_pass(config: SsdConfig, size: int) -> tuple[int, int]:
+    """Tokens of a step of the first pass, and steps that are loaded ahead, in half precision with a copy engine.
+
+    Two short chunks at a time, where enough are still loaded ahead to hide the memory's latency.
+    """
+    chunk, stages = config.chunk, config.stages
+    if chunk > 32:
+        return chunk, stages
+    if config.scores:  # x and B have the room of C and scores as well
+        each = chunk * (config.block_p + config.block_n) * size
+        chunks = stages * (each + chunk * config.block_n * size + 4 * chunk * chunk) // each
+        return (2 * chunk, chunks // 2) if chunks > 5 else (chunk, chunks)
+    return (2 * chunk, stages - 1) if stages > 3 else (chunk, stages)
+
+
 def ssd(
     config: SsdConfig,
     x: Tensor,
@@ -391,17 +487,19 @@ def ssd(
     final = new((batch, heads, head_dim, width) if return_final_states else (0,), dtype=torch.float32)
     compensated = x.dtype == torch.float32
     tiles: tuple[Any, ...] = (x, B, C, y)
-    blocks = (config.block_p, config.block_n, config.block_n, config.block_p)
-    described = copy_engine(x.device) and all(map(_describable, tiles, blocks))
+    parts = _parts(config, compensated)
+    part = config.block_n // parts
+    blocks = (config.block_p, part, part, config.block_p)
+    engine = copy_engine(x.device)
+    described = engine and all(map(_describable, tiles, blocks))
 
     chunk = config.chunk
     chunks = -(-tokens // chunk)
     per_segment = -(-chunks // config.segments)
-    # The first pass takes two short chunks at a time, where enough are still loaded ahead to hide the memory's latency.
     step, stages = chunk, config.stages
-    if config.segments > 1 and described and chunk <= 32 and config.stages > 3 and not compensated:
-        step, stages = 2 * chunk, config.stages - 1
-        per_segment += per_segment % 2
+    if config.segments > 1 and described and not compensated:
+        step, stages = _first_pass(config, x.dtype.itemsize)
+        per_segment += per_segment % 2 if step > chunk else 0
     segments = -(-chunks // per_segment)
     slices = -(-head_dim // config.block_p)
     walks = batch * heads * slices
@@ -412,18 +510,22 @@ def ssd(
         handed = new(batch * heads * segments * head_dim * width, dtype=state_dtype)
         passed = new(walks * segments, dtype=torch.float32)
         sync = zeros_left_as_found(1 + walks * segments, x.device)
-    nums = new((5 if compensated else 4 if segments > 1 else 3) * lead, dtype=torch.float32)
+    nums = new((5 if segments > 1 else 4) * lead, dtype=torch.float32)
     strides = (*x.stride()[:3], *dt.stride(), *B.stride()[:3], *C.stride()[:3])
     steps = tiles[:2]
     if described:
         tiles = tuple(_descriptor(tensor, chunk, block) for tensor, block in zip(tiles, blocks, strict=True))
-        if step > chunk:
-            steps = tuple(_descriptor(tensor, step, block) for tensor, block in zip(steps, blocks, strict=False))
+        if step > chunk or parts > 1:
+            steps = _descriptor(x, step, config.block_p), _descriptor(B, step, config.block_n)
         else:
             steps = tiles[:2]
-    apart = None
-    if config.scores and not compensated:
-        apart = chunk_scores(B, C, chunk, config.block_n, config.precision)
+    apart = own = None
+    own_chunk, own_token = chunk, 1
+    if not compensated and config.scores:
+        apart = own = chunk_scores(B, C, chunk, config.block_n, config.precision, overlap=engine)
+        own_chunk, own_token = chunk * chunk, chunk + 1  # the diagonals
+    elif not compensated:
+        own = own_scores(B, C, chunks * chunk, config.block_n, overlap=engine)
     tensors = (
         dt,
         *tiles,
@@ -432,6 +534,7 @@ def ssd(
         None if D is None else D.contiguous(),
         z,
         apart,
+        own,
         None if dt_bias is None else dt_bias.contiguous(),
         None if initial_states is None else initial_states.contiguous(),
         final,
@@ -448,6 +551,8 @@ def ssd(
         segments,
         per_segment,
         per_segment * chunk // step,
+        own_chunk,
+        own_token,
         dt_min,
         dt_max,
         *strides,
@@ -460,6 +565,7 @@ def ssd(
         step,
         config.block_p,
         config.block_n,
+        parts,
         config.rows,
         dt_softplus,
         dt_min > 0.0 or dt_max != float("inf") or not dt_softplus,
@@ -475,9 +581,13 @@ def ssd(
         stages,
         log_A,
         y_scale,
+        engine,
+        described and not compensated and _runs_on(config, parts),
     )
     options = {"num_warps": config.warps, "num_stages": config.stages}
     if config.registers < MOST_REGISTERS:
         options["maxnreg"] = config.registers
+    if engine and own is not None:
+        options["launch_pdl"] = True  # starts beside the launch before it, and waits where it needs that one's
     _launch((walks * segments, 1, 1), tensors, numbers, constants, **options)
     return y, final

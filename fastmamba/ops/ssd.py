@@ -58,7 +58,7 @@ def ssd(
         y_t  = (h_t C_t + D x_t) silu(z_t)
 
     computed chunk by chunk with matrix products (Dao and Gu, "Transformers are SSMs", section 6). On a GPU all of it is
-    one Triton launch.
+    one Triton launch or two.
 
     Args:
         x: (B, T, H, P), float16, bfloat16 or float32 (float64 too on the torch backend). Any strides.

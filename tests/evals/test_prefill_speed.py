@@ -55,6 +55,7 @@ def test_floor_of_experts_and_attention() -> None:
         ("_kernel", "SSD"),
         ("wide_kernel", "SSD"),
         ("_scores_kernel", "SSD"),
+        ("_own_scores_kernel", "SSD"),
         ("_chunk_scan_fwd_kernel", "SSD"),
         ("_conv_kernel", "convolution"),
         ("void conv_depthwise2d_forward_kernel", "convolution"),

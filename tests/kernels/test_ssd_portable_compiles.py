@@ -14,6 +14,7 @@ from tests.versions import LOWEST
 
 # In a process of its own: other tests turn Triton's interpreter on.
 _PROGRAM = """
+import re
 import sys
 import torch
 import triton
@@ -28,19 +29,22 @@ limit = {80: 163, 90: 227}[capability] * 1024
 configs._limits = lambda device: configs._Limits(132, limit, described)
 config = configs._portable(torch.device("cpu"), torch.bfloat16, 1, 16384, heads, head_dim, width, None)
 kernel = ssd_portable._ssd_kernel
-step, stages = (2 * config.chunk, config.stages - 1) if config.stages > 3 else (config.chunk, config.stages)
+parts = ssd_portable._parts(config, False)
+run_on = described and ssd_portable._runs_on(config, parts)
+step, stages = ssd_portable._first_pass(config, 2) if described else (config.chunk, config.stages)
 constants = {
     "P": head_dim, "N": width, "Q": config.chunk, "QS": step, "STEP_STAGES": stages,
-    "BP": config.block_p, "BN": config.block_n, "R": config.rows,
+    "BP": config.block_p, "BN": config.block_n, "PARTS": parts, "R": config.rows,
     "SOFTPLUS": True, "CLAMP": False, "STEPS": False, "D_PER_HEAD": True, "D_PER_CHANNEL": False, "STORE_FINAL": True,
     "SPLIT": True, "RELAXED": False, "PRECISION": "tf32", "DESCRIBED": described, "STAGES": config.stages,
-    "LOG_A": True, "Y_SCALE": 1.0, "init_ptr": None, "z_ptr": None,
+    "LOG_A": True, "Y_SCALE": 1.0, "ENGINE": described, "RUN_ON": run_on, "init_ptr": None,
+    "z_ptr": None,
 }
 if not config.scores:
     constants["scores_ptr"] = None
-tiles = {"x": config.block_p, "y": config.block_p, "B": config.block_n, "C": config.block_n}
+tiles = {"x": config.block_p, "y": config.block_p, "B": config.block_n // parts, "C": config.block_n // parts}
 tiles |= {"x_sum": config.block_p, "B_sum": config.block_n}
-floats = ("final_ptr", "handed_ptr", "passed_ptr", "nums_ptr", "scores_ptr")
+floats = ("final_ptr", "handed_ptr", "passed_ptr", "nums_ptr", "scores_ptr", "own_ptr")
 signature, constexprs, attributes = {}, {}, {}
 for place, parameter in enumerate(kernel.params):
     name = parameter.name
@@ -63,6 +67,8 @@ source = ASTSource(kernel, signature, constexprs, attributes)
 compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 blocks = 65536 // (config.registers // 8 * 8 * 32 * config.warps)  # that the registers leave room for
 print("blocks", blocks, "shared", compiled.metadata.shared)
+waits = set(re.findall(r"wgmma.wait_group\\S* (\\d+)", compiled.asm["ptx"]))
+assert waits <= {"0"}, waits  # what runs on in pieces does not keep its operand's registers from being written
 assert blocks * (compiled.metadata.shared + 1024) <= limit + 1024
 """
 
@@ -71,7 +77,7 @@ assert blocks * (compiled.metadata.shared + 1024) <= limit + 1024
     ("target", "blocks", "spilt"),
     [
         (("90", "80", "64", "128"), 3, 64),
-        (("90", "24", "128", "256"), 1, 512),
+        (("90", "24", "128", "256"), 1, 640),  # none of them in a loop over chunks
         (("80", "24", "128", "256"), 1, 512),
     ],
     ids=["state of 128", "state of 256", "state of 256, no copy engine"],

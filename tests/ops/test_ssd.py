@@ -97,6 +97,20 @@ def test_scores_worked_out_beforehand(
 
 
 @pytest.mark.parametrize("backend", ["triton"])
+@pytest.mark.parametrize("scores", [False, True])
+def test_what_a_token_itself_adds_is_not_rounded_before_y_is(scores: bool, backend: str, device: torch.device) -> None:
+    case = ssd_case(1, 40, 2, 16, 1, 16, dtype=torch.float16, device=device, bias=False, dt_softplus=False)
+    case.dt = case.dt.abs() + 1
+    case.A = case.A - 100  # nothing else is left of what other tokens add
+    with configs.override("portable"):
+        chosen = configs.ssd_config(device, case.x.dtype, 1, 40, 2, 16, 16, None)
+    with configs.override(dataclasses.replace(chosen, chunk=16, scores=scores)):
+        y, _ = ssd(*case.arguments(), **case.keywords(), backend=backend)
+    oracle, _ = case.oracle()
+    assert ((y - oracle).abs() <= torch.finfo(torch.float16).eps / 2 * 1.01 * oracle.abs() + 1e-7).all()
+
+
+@pytest.mark.parametrize("backend", ["triton"])
 def test_segments_past_those_that_one_looks_back_to(backend: str, device: torch.device) -> None:
     case = ssd_case(1, 285, 1, 16, 1, 16, dtype=torch.bfloat16, device=device, initial=True)
     case.A = case.A / 10  # or nothing would be left of what lies so far back
