@@ -92,6 +92,11 @@ def forced() -> SsdConfig | str | None:
     return _forced.get()
 
 
+def multiprocessors(device: torch.device) -> int:
+    """How many the device has."""
+    return _limits(device).multiprocessors
+
+
 @contextlib.contextmanager
 def override(forced: SsdConfig | str) -> Iterator[None]:
     """Serve every SSD call of this thread (or task) by one configuration, or by the best one of a variant.

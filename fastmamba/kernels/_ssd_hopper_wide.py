@@ -1,12 +1,14 @@
 """The SSD on Hopper for a state of 256: blocks of two slices of 64 channels, as in `fastmamba.kernels.ssd_hopper`.
 
-The states of both take all the registers that two walkers can have. So C B^T comes from a launch before this one, which
-works it out once for all heads of a group, and one role of four warps makes all numbers out of it and dt:
+The states of both take all the registers that two walkers can have. So C B^T is worked out once for all heads of a
+group: where a sequence is split, by blocks on multiprocessors that would be idle, while the others are at their first
+pass; else by a launch before this one. And one role of four warps makes all numbers out of it and dt:
 
     loader     1 warp   B and C of a chunk into a stage, x of the first ones
     numbers    4 warps  decays, four chunks at a time; G = (C B^T) * decay, while C B^T of the next chunks comes
     walkers    4 + 4    one slice each, the state in registers: y^T = S C^T in quarters of the state, as there are few
-                        registers to round it in; then y^T += x^T G^T, and S = S * decay + (x w)^T B beside y's way out
+                        registers to round it in; then y^T += x^T G^T, and S = S * decay + (x w)^T B beside y's way out;
+                        the first of two chunks scales the state for both
     store      1 warp   sends y on its way from where x was, then asks for the next x there, and for z
 
     came, summed_up     x and B of a chunk of the first pass are there; the walkers are through with them
@@ -60,6 +62,7 @@ from fastmamba.kernels._ssd_hopper_terms import (
 
 N = gl.constexpr(256)
 STAGES = gl.constexpr(2)  # of the second pass
+LEAST = gl.constexpr(-64.0)  # a smaller decay over a chunk, base 2, counts as none: the state before it as zero
 DEEP = gl.constexpr(4)  # of the first, which needs no C and no G, and waits for memory
 ROWS = gl.constexpr(4)  # that decays take in shared memory, for each head of a chunk: the last of _SINCE is the total
 
@@ -68,6 +71,15 @@ ROWS = gl.constexpr(4)  # that decays take in shared memory, for each head of a 
 def _total(nums, k: gl.constexpr, buffer, c, layout: gl.constexpr):
     """The decay over chunk c, in the first pass over its four chunks, in all rows: [1]."""
     return _numbers(nums, k, buffer, c, _SINCE, ROWS).slice(Q - 1, 1).load(layout)
+
+
+@gluon.jit
+def _over_two(nums, k: gl.constexpr, buffer, c, dtype: gl.constexpr, layout: gl.constexpr):
+    """What the state is multiplied by in chunk c, the first of two: [1]. In float16, the decay over each chunk."""
+    last = _numbers(nums, k, buffer, c, _CUM, ROWS).slice(Q - 1, 1).load(layout)
+    if dtype == gl.bfloat16:
+        last += gl.maximum(_numbers(nums, k, buffer, c + 1, _CUM, ROWS).slice(Q - 1, 1).load(layout), LEAST)
+    return gl.exp2(last)
 
 
 @gluon.jit
@@ -157,17 +169,24 @@ def _decays(
     dt, cum, entry = _running(dt.to(gl.float32) + bias, A, t, tokens, dt_min, dt_max, SOFTPLUS, CLAMP)
     last = gl.sum(dt * A, axis=1)
     since = cum
-    if SPLIT:
-        if i < first_pass:  # the decays of later chunks of the four are part of the weights
-            rest = last
-            whole = last
-            for j in gl.static_range(GROUP):
-                later = gl.sum(gl.where(chunk == j, last, 0.0), axis=0)
-                there = i * GROUP + j < summed
-                rest += gl.where((chunk < j) & there, later, 0.0)
-                whole += gl.where((chunk != j) & there, later, 0.0)
-            last = rest
-            since = cum * 0.0 + whole[:, None]
+    if i < first_pass:  # the decays of later chunks of the four are part of the weights
+        rest = last
+        whole = last
+        for j in gl.static_range(GROUP):
+            later = gl.sum(gl.where(chunk == j, last, 0.0), axis=0)
+            there = i * GROUP + j < summed
+            rest += gl.where((chunk < j) & there, later, 0.0)
+            whole += gl.where((chunk != j) & there, later, 0.0)
+        last = rest
+        since = cum * 0.0 + whole[:, None]
+    elif dtype == gl.bfloat16:  # in the first of two chunks the decay of the second one is
+        everywhere: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([GROUP, 1], [1, 32], [1, 4], [1, 0]))
+        lasts = gl.convert_layout(last, everywhere)
+        each = gl.arange(0, GROUP, everywhere)
+        later1 = gl.sum(gl.where(each == 1, gl.maximum(lasts, LEAST), 0.0), axis=0)
+        later3 = gl.sum(gl.where(each == 3, gl.maximum(lasts, LEAST), 0.0), axis=0)
+        since -= gl.where(chunk % 2 == 1, gl.maximum(last, LEAST), 0.0)[:, None]
+        last += gl.where(chunk == 0, later1, gl.where(chunk == 2, later3, 0.0))
     row = (k * 2 + buffer) * ROWS
     nums.index(row + _CUM).store(cum)
     nums.index(row + _ENTRY).store(entry)
@@ -194,11 +213,95 @@ def _wait_for_launches_before():
 
 
 @gluon.jit
+def _fence_copies(n):
+    """Between plain accesses to global memory and the copy engine's."""
+    code: gl.constexpr = "{fence.proxy.async.global; mov.b32 $0, 0;}"
+    gl.inline_asm_elementwise(code, "=r,r", [n], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _load_pair(B_desc, C_desc, Bs, Cs, bar, stage, b, t, g, there):
+    """Start copying B and C of a chunk whose scores are wanted."""
+    mbarrier.expect(bar, 2 * N * Q * 2, pred=there)
+    _load(B_desc, [b, t, g * N], bar, Bs.index(stage), pred=there)
+    for k in gl.static_range(4):
+        _load(C_desc, [b, t, g * N + k * Q], bar, Cs.index(4 * (STAGES + stage) + k), pred=there)
+
+
+@gluon.jit
+def _score(B_desc, C_desc, scores_ptr, done_ptr, Bs, Cs, full, which, scorers, b, groups, first_chunk, chunks, total):
+    """C B^T of every how manieth chunk of a segment, of all groups, for the blocks that walk it."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+    fence_async_shared()
+    sync_threads()
+    t = gl.arange(0, Q, gl.SliceLayout(1, mma))
+    s = gl.arange(0, Q, gl.SliceLayout(0, mma))
+    count = (chunks * groups - which + scorers - 1) // scorers
+    c = which
+    g = 0
+    coming = which
+    coming_g = 0
+    for i in gl.static_range(STAGES):
+        _load_pair(B_desc, C_desc, Bs, Cs, full.index(i), i, b, (first_chunk + coming) * Q, coming_g, i < count)
+        coming += scorers
+        if coming >= chunks:
+            coming -= chunks
+            coming_g += 1
+    for i in range(count):
+        stage = i % STAGES
+        mbarrier.wait(full.index(stage), i // STAGES & 1)
+        B = Bs.index(stage).reshape([Q, N])
+        C = Bs.index(STAGES + stage).reshape([Q, N])
+        zeros = gl.zeros((Q, Q), gl.float32, mma)
+        scores = warpgroup_mma(C, B.permute([1, 0]), zeros, use_acc=False, is_async=True)
+        scores = warpgroup_mma_wait(0, [scores])
+        sync_threads()
+        more = i + STAGES < count
+        _load_pair(B_desc, C_desc, Bs, Cs, full.index(stage), stage, b, (first_chunk + coming) * Q, coming_g, more)
+        row = ((b * groups + g) * total + first_chunk + c).to(gl.int64) * (Q * Q)
+        gl.store(scores_ptr + row + (t[:, None] * Q + s[None, :]), scores)
+        c += scorers
+        if c >= chunks:
+            c -= chunks
+            g += 1
+        coming += scorers
+        if coming >= chunks:
+            coming -= chunks
+            coming_g += 1
+    _fence_copies(chunks)
+    sync_threads()
+    gl.atomic_add(done_ptr, 1, sem="release")
+
+
+@gluon.jit
+def _await_scores(done_ptr, scorers, readers):
+    """Wait until a segment's scores are there. The last of its readers leaves the count at zero."""
+    seen = 0
+    while seen < scorers:
+        seen = gl.inline_asm_elementwise(
+            "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [done_ptr], dtype=gl.int32, is_pure=False, pack=1
+        )
+    sync_threads()
+    thread = gl.arange(0, 32 * gl.num_warps(), gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    gl.inline_asm_elementwise(
+        "{.reg .pred p; setp.ne.b32 p, $3, 0; @p red.relaxed.gpu.global.inc.u32 [$1], $2; mov.b32 $0, 0;}",
+        "=r,l,r,r",
+        [done_ptr + thread * 0, scorers + readers - 1 + thread * 0, (thread == 0).to(gl.int32)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+    _fence_copies(scorers)
+
+
+@gluon.jit
 def _numbers_role(
     dt0, dt1, A_ptr, bias_ptr, head0, head1, scores_desc, arena, there, sequence, first, nums, known, unknown, full,
-    read, walking, stride_dt_t, dt_min, dt_max, tokens, ahead, summed, chunks,
+    read, walking, done_ptr, scorers, readers, stride_dt_t, dt_min, dt_max, tokens, ahead, summed, chunks,
     SOFTPLUS: gl.constexpr, CLAMP: gl.constexpr, SPLIT: gl.constexpr, RELAXED: gl.constexpr, LOG_A: gl.constexpr,
-    dtype: gl.constexpr, HEADS: gl.constexpr, PLACES: gl.constexpr, COMING: gl.constexpr,
+    dtype: gl.constexpr, HEADS: gl.constexpr, PLACES: gl.constexpr, COMING: gl.constexpr, SCORING: gl.constexpr,
 ):  # fmt: skip
     line: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [4, 1], [1, 0])
     rows: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
@@ -250,7 +353,10 @@ def _numbers_role(
         if i == first_pass:
             if SPLIT:
                 mbarrier.wait(walking, 0)  # until then x lies here
-            _wait_for_launches_before()
+            if SCORING:
+                _await_scores(done_ptr, scorers, readers)
+            else:
+                _wait_for_launches_before()
             for n in gl.static_range(COMING):
                 mbarrier.expect(there.index(n), Q * Q * 4, pred=n < chunks)
                 _load(scores_desc, [sequence, first + n * Q, 0], there.index(n), products.index(FIRST + n),
@@ -345,7 +451,7 @@ def _walk_role(
                 # While the product runs, all but the last: what ptxas sees written while one runs, it waits for.
                 after = c + 1
                 xT = _fetch(k, xs, came, after % DEEP, after // DEEP & 1, after < summed, 2, narrow)
-                mbarrier.wait(known.index(group), turn, pred=after < summed)
+                mbarrier.wait(known.index(group), turn, pred=last & (after < summed))
                 there_are = gl.where(after < summed, group, unneeded)  # numbers: after the last chunk nobody needs any
                 after = gl.where(after < summed, after, c)
                 left, rest = _weights(nums, head, there_are, after, dtype, gl.SliceLayout(0, narrow), ROWS)
@@ -375,7 +481,6 @@ def _walk_role(
     B_halves = _seen_as(Cs, dtype, [4 * STAGES, 1, Q, N // 2], gl.NVMMASharedLayout(128, 16, rank=3))
     mbarrier.wait(begun.index(0), 0)
     mbarrier.wait(known.index(group), turn)
-    total = _total(nums, head, group, 0, gl.SliceLayout(1, wide))
     for c in range(chunks):
         stage = c % STAGES
         y = gl.zeros((Q, Q), gl.float32, mma)
@@ -397,13 +502,10 @@ def _walk_role(
             y += gl.convert_layout(_widen(xT), mma) * D[:, None]
         G = Gs.index(4 + head * PLACES + c % PLACES)
         y = warpgroup_mma(xT, G.permute([1, 0]), y, is_async=True)
-        coming = c + 1
-        last = coming % GROUP == 0
-        after, after_turn = _advance(group, turn, 2)
-        # A wait, over which ptxas moves nothing: it would scale the state before the product.
-        mbarrier.wait(known.index(after), after_turn, pred=last & (coming < chunks))
-        low *= total[:, None]
-        high *= total[:, None]
+        if (dtype != gl.bfloat16) | (c % 2 == 0):
+            total = _over_two(nums, head, group, c, dtype, gl.SliceLayout(1, wide))
+            low *= total[:, None]
+            high *= total[:, None]
         if not PIPED:
             y = warpgroup_mma_wait(0, [y])
         value, rest = _weights(nums, head, group, c, dtype, gl.SliceLayout(0, narrow), ROWS)
@@ -414,12 +516,13 @@ def _walk_role(
         sum_low = warpgroup_mma(weighted, B_halves.index(2 * stage).reshape([Q, N // 2]), low, is_async=True)
         sum_high = warpgroup_mma(weighted, B_halves.index(2 * stage + 1).reshape([Q, N // 2]), high, is_async=True)
         # in the shadow of the state's products
+        coming = c + 1
+        last = coming % GROUP == 0
         unneeded = group
         if last:
-            group = after
-            turn = after_turn
+            group, turn = _advance(group, turn, 2)
         mbarrier.wait(begun.index(coming % STAGES), coming // STAGES & 1, pred=coming < chunks)
-        total = _total(nums, head, group, coming, gl.SliceLayout(1, wide))
+        mbarrier.wait(known.index(group), turn, pred=last & (coming < chunks))
         # Behind these waits, over which ptxas moves nothing: it would round y before the products.
         if GATED:
             mbarrier.wait(gated.index(k), c & 1)
@@ -442,10 +545,11 @@ _SIZES = ["T", "slices", "slices_per_group", "blocks_per_group", "groups", "segm
 _STRIDES = ["stride_dt_b", "stride_dt_t", "stride_dt_h", "stride_D_h", "stride_D_p"]
 
 
-@gluon.jit(do_not_specialize=[*_SIZES, "parts", *_STRIDES])
+@gluon.jit(do_not_specialize=[*_SIZES, "parts", "more", "scorers", *_STRIDES])
 def wide_kernel(
     dt_ptr, x_desc, B_desc, C_desc, z_desc, y_desc, A_ptr, D_ptr, bias_ptr, init_ptr, final_ptr, handed_ptr, sync_ptr,
     scores_desc,  # C B^T of all chunks, (batch * groups, chunks * t, s)
+    scores_ptr,
     T,
     slices,  # of 64 channels, in all heads
     slices_per_group,
@@ -456,10 +560,13 @@ def wide_kernel(
     parts,  # segments of all slices of all sequences
     part_of_group,  # that a block is of its group's, 1 / blocks_per_group
     share,
+    more,  # chunks of the first segment, which looks back to nobody
+    scorers,  # blocks of a segment that work out its scores, before those that walk
     dt_min, dt_max, stride_dt_b, stride_dt_t, stride_dt_h, stride_D_h, stride_D_p,
     SLICES: gl.constexpr,  # of one head
     SOFTPLUS: gl.constexpr, CLAMP: gl.constexpr, GATED: gl.constexpr, STORE_FINAL: gl.constexpr, SPLIT: gl.constexpr,
     RELAXED: gl.constexpr, LOG_A: gl.constexpr, Y_SCALE: gl.constexpr,
+    SCORING: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = x_desc.dtype
     HEADS: gl.constexpr = 2 if SLICES % 2 == 1 else 1  # two slices of one head share all but x
@@ -467,6 +574,8 @@ def wide_kernel(
     COMING: gl.constexpr = 1 if GATED or HEADS == 2 else 2  # and for C B^T
     # as in `fastmamba.kernels.ssd_hopper`
     block = gl.program_id(0)
+    if SCORING:
+        block -= scorers
     seg = gl.program_id(1)
     b = gl.program_id(2)
     g = ((block.to(gl.float32) + 0.5) * part_of_group).to(gl.int32)
@@ -474,13 +583,15 @@ def wide_kernel(
     v = g * slices_per_group + place
     second = (place + 1 < slices_per_group).to(gl.int32)
 
-    first_chunk = seg * chunks_per_segment
+    first_chunk = seg * chunks_per_segment + gl.where(seg > 0, more, 0)
     first = first_chunk * Q
     total = (T + Q - 1) // Q
     last = seg + 1 == segments
-    chunks = gl.where(last, total - first_chunk, chunks_per_segment)  # the last one takes what is low
-    ahead = _ahead(seg, share)
-    summed = ahead + gl.where(last, 0, chunks - _ahead(seg + 1, share))
+    chunks = chunks_per_segment + gl.where(seg == 0, more, 0)
+    chunks = gl.where(last, total - first_chunk, chunks)  # the last one takes what is left
+    begins = more.to(gl.float32) / GROUP
+    ahead = gl.where(seg > 0, _ahead(seg, share, first=begins), 0)
+    summed = ahead + gl.where(last, 0, chunks - _ahead(seg + 1, share, first=begins))
     tokens = T - first
     head0 = v // SLICES
     v1 = v + second
@@ -507,6 +618,15 @@ def wide_kernel(
     there = gl.allocate_shared_memory(gl.int64, [2, 1], lone)
     gated = gl.allocate_shared_memory(gl.int64, [2, 1], lone)
     walking = gl.allocate_shared_memory(gl.int64, [1], lone)
+    done = sync_ptr
+    readers = 0
+    if SCORING:
+        readers = groups * blocks_per_group
+        done = sync_ptr + parts + b * segments + seg
+        if block < 0:
+            _score(B_desc, C_desc, scores_ptr, done, Bs, quarters, begun, block + scorers, scorers, b, groups,
+                   first_chunk, chunks, total)  # fmt: skip
+            return
     dt_at = dt_ptr + b.to(gl.int64) * stride_dt_b + first.to(gl.int64) * stride_dt_t
     dt0 = dt_at + head0 * stride_dt_h
     dt1 = dt_at + head1 * stride_dt_h
@@ -562,8 +682,9 @@ def wide_kernel(
     gl.warp_specialize(
         [
             (_numbers_role, (dt0, dt1, A_ptr, bias_ptr, head0, head1, scores_desc, xs, there, b * groups + g, first,
-                             nums, known, unknown, full, read, walking, stride_dt_t, dt_min, dt_max, tokens, ahead,
-                             summed, chunks, SOFTPLUS, CLAMP, SPLIT, RELAXED, LOG_A, dtype, HEADS, PLACES, COMING)),
+                             nums, known, unknown, full, read, walking, done, scorers, readers, stride_dt_t, dt_min,
+                             dt_max, tokens, ahead, summed, chunks, SOFTPLUS, CLAMP, SPLIT, RELAXED, LOG_A, dtype,
+                             HEADS, PLACES, COMING, SCORING)),
             (_walk_role, (gl.constexpr(0), D_ptr, D0, init_ptr, final_ptr, handed_ptr, passed, flag, xs, Bs, quarters,
                           zs, nums, came, summed_up, begun, read, full, known, unknown, walked, gated, walking,
                           second * 0 + 1, state_row, handed_row, parts, stride_D_p, seg, segments, ahead, summed,

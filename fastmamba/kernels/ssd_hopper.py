@@ -38,7 +38,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fastmamba.configs import SsdConfig
+from fastmamba.configs import SsdConfig, multiprocessors
 from fastmamba.kernels._launch import Launcher
 from fastmamba.kernels._scores import chunk_scores
 from fastmamba.kernels._ssd_hopper_copies import fence_inits, load_first, load_role, load_second, prefetch, store_role
@@ -301,18 +301,39 @@ def _stages(config: SsdConfig, width: int, gated: bool) -> int:
     return min(config.stages, 5 - config.block_slices - (width > 64))
 
 
-def _share(segments: int, chunks: int, slices: int) -> float:
+def _share(segments: int, chunks: int, slices: int, more: int = 0) -> float:
     """How many groups of chunks earlier, before its segment, a block's first pass begins than that of the one before.
 
     So all blocks have as much to sum up, for what the last segment adds to the state nobody needs. Two slices keep what
     they have summed up for themselves in memory: only where a segment has a group for each. One slice has registers for
-    it, unless segments hand on whole states, and shares chunk by chunk: from three groups on.
+    it, unless segments hand on whole states, and shares chunk by chunk: from three groups on. The first segment has
+    `more` chunks than the others.
     """
     if slices == 1:
         pays = chunks > 2 * GROUP.value and segments <= SPAN.value
     else:
         pays = chunks >= GROUP.value * segments
-    return chunks / (GROUP.value * segments) if pays else 0.0
+    return (chunks - more) / (GROUP.value * segments) if pays else 0.0
+
+
+def _more(segments: int, chunks: int) -> int:
+    """How many more chunks the first segment gets, in states of 256: it waits for nobody and reads nothing.
+
+    Where the first pass is shared, which makes up for it.
+    """
+    return 0 if segments == 1 or chunks < GROUP.value * segments else 4
+
+
+def _scorers(
+    device: torch.device, batch: int, groups: int, blocks_per_group: int, segments: int, per_segment: int
+) -> int:
+    """How many blocks to add to each segment that work out its C B^T while the others are at their first pass.
+
+    As many as multiprocessors are left for, if they will be done in time; 0 is a launch of its own before this one.
+    """
+    idle = multiprocessors(device) - batch * groups * blocks_per_group * segments
+    each = min(idle // (batch * segments), per_segment)
+    return each if each >= groups else 0
 
 
 def ssd(
@@ -347,16 +368,21 @@ def ssd(
     # Equal ones, and equal parts of what the first pass sums up: all blocks wait until all are through with that.
     per_segment = -(-chunks // segments)
     segments = -(-chunks // per_segment)
+    more = _more(segments, per_segment) if wide else 0
+    per_segment = -(-(chunks - more) // segments)
 
     new = x.new_empty
     y = new(x.shape)
     final = new((batch, heads, head_dim, width) if return_final_states else (1,), dtype=torch.float32)
     handed = sync = final  # not looked at unless the sequence is split
+    scorers = 0
     if segments > 1:
+        if wide:
+            scorers = _scorers(x.device, batch, groups, blocks_per_group, segments, per_segment)
         walks = batch * slices * segments
         # a state that a walker hands on, and one that it keeps for later
         handed = new(walks * (2 * 64 * width + 4 // state_dtype.itemsize), dtype=state_dtype)
-        sync = zeros_left_as_found(walks, x.device)
+        sync = zeros_left_as_found(walks + (batch * segments if scorers else 0), x.device)
     channels = heads * head_dim
     tensors: tuple[Any, ...] = (
         dt,
@@ -391,13 +417,19 @@ def ssd(
     clamp = dt_min > 0.0 or dt_max != float("inf") or not dt_softplus
     form = (dt_softplus, clamp, z is not None, return_final_states, segments > 1, relaxed)
     grid = (groups * blocks_per_group, segments, batch)
-    share = _share(segments, per_segment, 2 if wide else config.block_slices)
+    share = _share(segments, per_segment, 2 if wide else config.block_slices, more)
     numbers += batch * slices * segments, 1 / blocks_per_group, share
     if wide:
-        scores = chunk_scores(C, B, config.chunk, width, config.precision, overlap=True)
-        tensors = (*tensors, _descriptor(scores.view(batch * groups, chunks * 64, 64), 64, 64))
-        constants: tuple[Any, ...] = (head_dim // 64, *form, log_A, y_scale)
-        _launch_wide(grid, tensors, (*numbers, *scalars), constants, num_warps=config.warps, launch_pdl=True)
+        if scorers:
+            scores = new((batch * groups, chunks * 64, 64), dtype=torch.float32)
+            grid = (scorers + groups * blocks_per_group, segments, batch)
+        else:
+            scores = chunk_scores(C, B, config.chunk, width, config.precision, overlap=True)
+            scores = scores.view(batch * groups, chunks * 64, 64)
+        tensors = (*tensors, _descriptor(scores, 64, 64), scores)
+        constants: tuple[Any, ...] = (head_dim // 64, *form, log_A, y_scale, scorers > 0)
+        numbers = (*numbers, more, scorers, *scalars)
+        _launch_wide(grid, tensors, numbers, constants, num_warps=config.warps, launch_pdl=not scorers)
     else:
         stages = _stages(config, width, z is not None)
         per_channel = D is not None and D.ndim == 2

@@ -31,10 +31,11 @@ constants = {
     "N": width, "SLICES": slices, "PAIR": each.slices, "SOFTPLUS": True, "CLAMP": False, "GATED": bool(gated),
     "STORE_FINAL": True, "SPLIT": bool(split), "RELAXED": bool(relaxed), "LOG_A": True, "Y_SCALE": 1.0,
     "STAGES": ssd_hopper._stages(config, width, bool(gated)), "PER_CHANNEL": False, "init_ptr": None,
+    "SCORING": bool(split),
 }
 if not gated:
     constants["z_desc"] = None
-floats = ("final_ptr", "handed_ptr")
+floats = ("final_ptr", "handed_ptr", "scores_ptr")
 signature, constexprs = {}, {}
 for place, parameter in enumerate(kernel.params):
     name = parameter.name
