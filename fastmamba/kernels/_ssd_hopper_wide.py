@@ -220,17 +220,17 @@ def _fence_copies(n):
 
 
 @gluon.jit
-def _load_pair(B_desc, C_desc, Bs, Cs, bar, stage, b, t, g, there):
-    """Start copying B and C of a chunk whose scores are wanted."""
+def _load_pair(B_desc, C_desc, Bs, Cs, bar, stage, b, t, there):
+    """Start copying B and C of a chunk whose scores are wanted, of the only group."""
     mbarrier.expect(bar, 2 * N * Q * 2, pred=there)
-    _load(B_desc, [b, t, g * N], bar, Bs.index(stage), pred=there)
+    _load(B_desc, [b, t, 0], bar, Bs.index(stage), pred=there)
     for k in gl.static_range(4):
-        _load(C_desc, [b, t, g * N + k * Q], bar, Cs.index(4 * (STAGES + stage) + k), pred=there)
+        _load(C_desc, [b, t, k * Q], bar, Cs.index(4 * (STAGES + stage) + k), pred=there)
 
 
 @gluon.jit
-def _score(B_desc, C_desc, scores_ptr, done_ptr, Bs, Cs, full, which, scorers, b, groups, first_chunk, chunks, total):
-    """C B^T of every how manieth chunk of a segment, of all groups, for the blocks that walk it."""
+def _score(B_desc, C_desc, scores_ptr, done_ptr, Bs, Cs, full, which, scorers, b, first_chunk, chunks, total):
+    """C B^T of every `scorers`-th chunk of a segment from `which` on, for the blocks that walk it."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
@@ -238,18 +238,11 @@ def _score(B_desc, C_desc, scores_ptr, done_ptr, Bs, Cs, full, which, scorers, b
     sync_threads()
     t = gl.arange(0, Q, gl.SliceLayout(1, mma))
     s = gl.arange(0, Q, gl.SliceLayout(0, mma))
-    count = (chunks * groups - which + scorers - 1) // scorers
-    c = which
-    g = 0
-    coming = which
-    coming_g = 0
     for i in gl.static_range(STAGES):
-        _load_pair(B_desc, C_desc, Bs, Cs, full.index(i), i, b, (first_chunk + coming) * Q, coming_g, i < count)
-        coming += scorers
-        if coming >= chunks:
-            coming -= chunks
-            coming_g += 1
-    for i in range(count):
+        c = which + i * scorers
+        _load_pair(B_desc, C_desc, Bs, Cs, full.index(i), i, b, (first_chunk + c) * Q, c < chunks)
+    for i in range((chunks - which + scorers - 1) // scorers):  # the last segment may have fewer than there are scorers
+        c = which + i * scorers
         stage = i % STAGES
         mbarrier.wait(full.index(stage), i // STAGES & 1)
         B = Bs.index(stage).reshape([Q, N])
@@ -258,18 +251,10 @@ def _score(B_desc, C_desc, scores_ptr, done_ptr, Bs, Cs, full, which, scorers, b
         scores = warpgroup_mma(C, B.permute([1, 0]), zeros, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(0, [scores])
         sync_threads()
-        more = i + STAGES < count
-        _load_pair(B_desc, C_desc, Bs, Cs, full.index(stage), stage, b, (first_chunk + coming) * Q, coming_g, more)
-        row = ((b * groups + g) * total + first_chunk + c).to(gl.int64) * (Q * Q)
+        coming = c + STAGES * scorers
+        _load_pair(B_desc, C_desc, Bs, Cs, full.index(stage), stage, b, (first_chunk + coming) * Q, coming < chunks)
+        row = (b * total + first_chunk + c).to(gl.int64) * (Q * Q)
         gl.store(scores_ptr + row + (t[:, None] * Q + s[None, :]), scores)
-        c += scorers
-        if c >= chunks:
-            c -= chunks
-            g += 1
-        coming += scorers
-        if coming >= chunks:
-            coming -= chunks
-            coming_g += 1
     _fence_copies(chunks)
     sync_threads()
     gl.atomic_add(done_ptr, 1, sem="release")
@@ -621,11 +606,11 @@ def wide_kernel(
     done = sync_ptr
     readers = 0
     if SCORING:
-        readers = groups * blocks_per_group
+        readers = blocks_per_group
         done = sync_ptr + parts + b * segments + seg
         if block < 0:
-            _score(B_desc, C_desc, scores_ptr, done, Bs, quarters, begun, block + scorers, scorers, b, groups,
-                   first_chunk, chunks, total)  # fmt: skip
+            _score(B_desc, C_desc, scores_ptr, done, Bs, quarters, begun, block + scorers, scorers, b, first_chunk,
+                   chunks, total)  # fmt: skip
             return
     dt_at = dt_ptr + b.to(gl.int64) * stride_dt_b + first.to(gl.int64) * stride_dt_t
     dt0 = dt_at + head0 * stride_dt_h

@@ -329,11 +329,13 @@ def _scorers(
 ) -> int:
     """How many blocks to add to each segment that work out its C B^T while the others are at their first pass.
 
-    As many as multiprocessors are left for, if they will be done in time; 0 is a launch of its own before this one.
+    As many as multiprocessors are left for. 0 is a launch of its own before this one; so it is where there are several
+    groups, each of which has scores.
     """
-    idle = multiprocessors(device) - batch * groups * blocks_per_group * segments
-    each = min(idle // (batch * segments), per_segment)
-    return each if each >= groups else 0
+    if groups > 1:
+        return 0
+    idle = multiprocessors(device) - batch * blocks_per_group * segments
+    return max(0, min(idle // (batch * segments), per_segment))
 
 
 def ssd(
