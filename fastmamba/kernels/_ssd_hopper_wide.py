@@ -1,8 +1,9 @@
 """The SSD on Hopper for a state of 256: blocks of two slices of 64 channels, as in `fastmamba.kernels.ssd_hopper`.
 
 The states of both take all the registers that two walkers can have. So C B^T is worked out once for all heads of a
-group: where a sequence is split, by blocks on multiprocessors that would be idle, while the others are at their first
-pass; else by a launch before this one. And one role of four warps makes all numbers out of it and dt:
+group: where a sequence is split and there is one group, by blocks on multiprocessors that would be idle, while the
+others are at their first pass; else by a launch before this one. And one role of four warps makes all numbers out of it
+and dt:
 
     loader     1 warp   B and C of a chunk into a stage, x of the first ones
     numbers    4 warps  decays, four chunks at a time; G = (C B^T) * decay, while C B^T of the next chunks comes
@@ -27,7 +28,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -56,14 +56,22 @@ from fastmamba.kernels._ssd_hopper_terms import (
     _advance,
     _load,
     _seen_as,
-    _store,
     sync_threads,
 )
+from fastmamba.kernels._ssd_hopper_wide_copies import (
+    DEEP,
+    STAGES,
+    N,
+    _load_B,
+    _load_C,
+    _load_first,
+    _load_role,
+    _load_slice,
+    _store_role,
+)
+from fastmamba.kernels._ssd_hopper_wide_scores import _await_scores, _score, _wait_for_launches_before
 
-N = gl.constexpr(256)
-STAGES = gl.constexpr(2)  # of the second pass
-LEAST = gl.constexpr(-64.0)  # a smaller decay over a chunk, base 2, counts as none: the state before it as zero
-DEEP = gl.constexpr(4)  # of the first, which needs no C and no G, and waits for memory
+LEAST = gl.constexpr(-64.0)  # of the logarithm, base 2, of a decay over the second of two chunks: less is taken as this
 ROWS = gl.constexpr(4)  # that decays take in shared memory, for each head of a chunk: the last of _SINCE is the total
 
 
@@ -80,84 +88,6 @@ def _over_two(nums, k: gl.constexpr, buffer, c, dtype: gl.constexpr, layout: gl.
     if dtype == gl.bfloat16:
         last += gl.maximum(_numbers(nums, k, buffer, c + 1, _CUM, ROWS).slice(Q - 1, 1).load(layout), LEAST)
     return gl.exp2(last)
-
-
-@gluon.jit
-def _load_first(x_desc, B_desc, xs, Bs, bar, slot, b, t, v, g, there):
-    """Start copying what a chunk of the first pass needs: a slot is a stage of B, or of C, and two places of xs."""
-    mbarrier.expect(bar, (N + 2 * Q) * Q * 2, pred=there)
-    for k in gl.static_range(2):
-        _load(x_desc, [b, t, (v + k) * Q], bar, xs.index(2 * slot + k), pred=there)
-    _load(B_desc, [b, t, g * N], bar, Bs.index(slot), pred=there)
-
-
-@gluon.jit
-def _load_C(C_desc, Cs, bar, stage, b, t, g):
-    """Start copying C of a chunk of the second pass: the second half of the tiles."""
-    mbarrier.expect(bar, N * Q * 2)
-    for k in gl.static_range(4):
-        _load(C_desc, [b, t, g * N + k * Q], bar, Cs.index(4 * (STAGES + stage) + k))
-
-
-@gluon.jit
-def _load_B(B_desc, Bs, bar, stage, b, t, g):
-    mbarrier.expect(bar, N * Q * 2)
-    _load(B_desc, [b, t, g * N], bar, Bs.index(stage))
-
-
-@gluon.jit
-def _load_slice(desc, places, bar, place, b, t, slice, there=True):
-    """Start copying x or z of a walker's chunk."""
-    mbarrier.expect(bar, Q * Q * 2, pred=there)
-    _load(desc, [b, t, slice * Q], bar, places.index(place), pred=there)
-
-
-@gluon.jit
-def _load_role(
-    x_desc, B_desc, C_desc, xs, Bs, Cs, came, summed_up, begun, read, full, walked, walking, b, first, v, g, ahead,
-    summed, chunks,
-    SPLIT: gl.constexpr,
-):  # fmt: skip
-    if SPLIT:  # the first chunk has been started before there were roles
-        for i in range(1, summed):
-            slot = i % DEEP
-            mbarrier.wait(summed_up.index(slot), (i // DEEP & 1) ^ 1)
-            _load_first(x_desc, B_desc, xs, Bs, came.index(slot), slot, b, first + (i - ahead) * Q, v, g, True)
-        mbarrier.wait(walking, 0)
-    for c in range(0 if SPLIT else 1, chunks):
-        stage = c % STAGES
-        free = (c // STAGES & 1) ^ 1
-        t = first + c * Q
-        mbarrier.wait(read.index(stage), free)
-        _load_C(C_desc, Cs, begun.index(stage), stage, b, t, g)
-        for k in gl.static_range(2):
-            mbarrier.wait(walked.index(2 * stage + k), free)
-            _load_slice(x_desc, xs, full.index(stage), 2 * stage + k, b, t, v + k, c < STAGES)
-        _load_B(B_desc, Bs, full.index(stage), stage, b, t, g)
-
-
-@gluon.jit
-def _store_role(
-    y_desc, x_desc, z_desc, xs, zs, full, walked, gated, b, first, v, second, chunks,
-    GATED: gl.constexpr,
-):  # fmt: skip
-    if GATED:
-        for k in gl.static_range(2):
-            _load_slice(z_desc, zs, gated.index(k), k, b, first, v + k)
-    for c in range(chunks):
-        stage = c % STAGES
-        t = first + c * Q
-        for k in gl.static_range(2):
-            mbarrier.wait(walked.index(2 * stage + k), c // STAGES & 1)
-            if GATED:
-                _load_slice(z_desc, zs, gated.index(k), k, b, t + Q, v + k, c + 1 < chunks)
-            fence_async_shared()  # the copy engine reads what the walkers wrote, who need not wait for this fence
-            if k == 0:
-                _store(y_desc, [b, t, v * Q], xs.index(2 * stage))
-            elif second != 0:
-                _store(y_desc, [b, t, (v + 1) * Q], xs.index(2 * stage + 1))
-            tma.store_wait(0)
-            _load_slice(x_desc, xs, full.index(stage), 2 * stage + k, b, t + STAGES * Q, v + k, c + STAGES < chunks)
 
 
 @gluon.jit
@@ -204,81 +134,6 @@ def _decayed(scores, cum, entry, dtype: gl.constexpr, RELAXED: gl.constexpr):
         return _packed(scores.to(dtype) * decay.to(dtype))
     else:
         return _rounded(scores * decay, dtype)
-
-
-@gluon.jit
-def _wait_for_launches_before():
-    """What they wrote is visible then: this kernel starts while that of the scores still runs."""
-    gl.inline_asm_elementwise("{griddepcontrol.wait; mov.b32 $0, 0;}", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _fence_copies(n):
-    """Between plain accesses to global memory and the copy engine's."""
-    code: gl.constexpr = "{fence.proxy.async.global; mov.b32 $0, 0;}"
-    gl.inline_asm_elementwise(code, "=r,r", [n], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _load_pair(B_desc, C_desc, Bs, Cs, bar, stage, b, t, there):
-    """Start copying B and C of a chunk whose scores are wanted, of the only group."""
-    mbarrier.expect(bar, 2 * N * Q * 2, pred=there)
-    _load(B_desc, [b, t, 0], bar, Bs.index(stage), pred=there)
-    for k in gl.static_range(4):
-        _load(C_desc, [b, t, k * Q], bar, Cs.index(4 * (STAGES + stage) + k), pred=there)
-
-
-@gluon.jit
-def _score(B_desc, C_desc, scores_ptr, done_ptr, Bs, Cs, full, which, scorers, b, first_chunk, chunks, total):
-    """C B^T of every `scorers`-th chunk of a segment from `which` on, for the blocks that walk it."""
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-    fence_async_shared()
-    sync_threads()
-    t = gl.arange(0, Q, gl.SliceLayout(1, mma))
-    s = gl.arange(0, Q, gl.SliceLayout(0, mma))
-    for i in gl.static_range(STAGES):
-        c = which + i * scorers
-        _load_pair(B_desc, C_desc, Bs, Cs, full.index(i), i, b, (first_chunk + c) * Q, c < chunks)
-    for i in range((chunks - which + scorers - 1) // scorers):  # the last segment may have fewer than there are scorers
-        c = which + i * scorers
-        stage = i % STAGES
-        mbarrier.wait(full.index(stage), i // STAGES & 1)
-        B = Bs.index(stage).reshape([Q, N])
-        C = Bs.index(STAGES + stage).reshape([Q, N])
-        zeros = gl.zeros((Q, Q), gl.float32, mma)
-        scores = warpgroup_mma(C, B.permute([1, 0]), zeros, use_acc=False, is_async=True)
-        scores = warpgroup_mma_wait(0, [scores])
-        sync_threads()
-        coming = c + STAGES * scorers
-        _load_pair(B_desc, C_desc, Bs, Cs, full.index(stage), stage, b, (first_chunk + coming) * Q, coming < chunks)
-        row = (b * total + first_chunk + c).to(gl.int64) * (Q * Q)
-        gl.store(scores_ptr + row + (t[:, None] * Q + s[None, :]), scores)
-    _fence_copies(chunks)
-    sync_threads()
-    gl.atomic_add(done_ptr, 1, sem="release")
-
-
-@gluon.jit
-def _await_scores(done_ptr, scorers, readers):
-    """Wait until a segment's scores are there. The last of its readers leaves the count at zero."""
-    seen = 0
-    while seen < scorers:
-        seen = gl.inline_asm_elementwise(
-            "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [done_ptr], dtype=gl.int32, is_pure=False, pack=1
-        )
-    sync_threads()
-    thread = gl.arange(0, 32 * gl.num_warps(), gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-    gl.inline_asm_elementwise(
-        "{.reg .pred p; setp.ne.b32 p, $3, 0; @p red.relaxed.gpu.global.inc.u32 [$1], $2; mov.b32 $0, 0;}",
-        "=r,l,r,r",
-        [done_ptr + thread * 0, scorers + readers - 1 + thread * 0, (thread == 0).to(gl.int32)],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-    _fence_copies(scorers)
 
 
 @gluon.jit
