@@ -49,6 +49,9 @@ def main() -> int:
     )
     parser.add_argument("--grid", choices=GRIDS, default="all", help="shapes (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="the same as --grid quick")
+    parser.add_argument(
+        "--shapes", metavar="TEXTS", help="of these, those whose name has one of the texts in it, as 'N 256;40 x 128'"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--precision", default="exact", help="exact, relaxed or both, comma separated")
     parser.add_argument(
@@ -75,7 +78,7 @@ def measure(options: argparse.Namespace) -> int:
     began = time.monotonic()
     device = torch.device("cuda", torch.cuda.current_device())
     dtype = DTYPES[options.dtype]
-    shapes: list[Shape] = GRIDS["quick" if options.quick else options.grid]
+    shapes = chosen(GRIDS["quick" if options.quick else options.grid], options.shapes)
     rivals = contenders(device, tuple(options.precision.split(",")))
     if options.only:
         names = options.only.split(",")
@@ -114,6 +117,22 @@ def measure(options: argparse.Namespace) -> int:
     if wrong:
         console.print(f"{len(wrong)} of our results are wrong or failed")
     return 1 if wrong else 0
+
+
+def chosen(shapes: list[Shape], texts: str | None) -> list[Shape]:
+    """Those whose name has one of `texts`, separated by semicolons, in it; all of them where there is no text.
+
+    Raises:
+        SystemExit: there is none for a text.
+    """
+    if texts is None:
+        return shapes
+    wanted = [text.strip() for text in texts.split(";")]
+    for text in wanted:
+        if not any(text in shape.label for shape in shapes):
+            names = dict.fromkeys(shape.label for shape in shapes)
+            raise SystemExit(f"--shapes: no name has {text!r} in it; there are {'; '.join(names)}")
+    return [shape for shape in shapes if any(text in shape.label for text in wanted)]
 
 
 def measure_shape(

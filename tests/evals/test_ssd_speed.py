@@ -12,7 +12,7 @@ from rich.console import Console
 from evals import environment, ssd_speed
 from evals.gpu_timing import summary
 from evals.ssd_contenders import Contender
-from evals.ssd_grid import MAMBA2_2B7
+from evals.ssd_grid import GRID, MAMBA2_2B7
 
 
 def timed(ms: float) -> dict[str, Any]:
@@ -105,3 +105,12 @@ def test_wrong_is_said_and_failing_does_not_stop_the_others(monkeypatch):
     assert row["fails"]["error"] == "RuntimeError: out of something" and row["refuses"]["remark"] == "too long"
     assert row["right"]["wall"]["median_ms"] == 2.0 and "gpu" not in row["fails"]
     json.dumps(row)
+
+
+def test_some_shapes_of_a_grid():
+    chosen = ssd_speed.chosen(GRID, "N 256; 40 x 128")
+    assert chosen and {(shape.state == 256, shape.heads) for shape in chosen} >= {(True, 24), (True, 48), (False, 40)}
+    assert all(shape.state == 256 or (shape.heads, shape.head_dim) == (40, 128) for shape in chosen)
+    assert ssd_speed.chosen(GRID, None) == GRID
+    with pytest.raises(SystemExit, match="no name has 'N 512'"):
+        ssd_speed.chosen(GRID, "N 256;N 512")
