@@ -93,7 +93,7 @@ def _over_two(nums, k: gl.constexpr, buffer, c, dtype: gl.constexpr, layout: gl.
 @gluon.jit
 def _decays(
     k: gl.constexpr, i, first_pass, dt, bias, A, nums, halves, buffer, t, tokens, dt_min, dt_max, summed, chunk,
-    SOFTPLUS: gl.constexpr, CLAMP: gl.constexpr, SPLIT: gl.constexpr, dtype: gl.constexpr,
+    SOFTPLUS: gl.constexpr, CLAMP: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
     """Those of the block's head k in the i-th four chunks of both passes, as `decays_role` works them out."""
     dt, cum, entry = _running(dt.to(gl.float32) + bias, A, t, tokens, dt_min, dt_max, SOFTPLUS, CLAMP)
@@ -183,12 +183,12 @@ def _numbers_role(
             dt = coming0
             coming0 = gl.load(dt0 + after.to(gl.int64) * stride_dt_t, mask=after < tokens, other=0.0)
             _decays(0, i, first_pass, dt, bias0, A0, grouped, halves, buffer, at, tokens, dt_min, dt_max, summed, chunk,
-                    SOFTPLUS, CLAMP, SPLIT, dtype)  # fmt: skip
+                    SOFTPLUS, CLAMP, dtype)  # fmt: skip
             if HEADS == 2:
                 dt = coming1
                 coming1 = gl.load(dt1 + after.to(gl.int64) * stride_dt_t, mask=after < tokens, other=0.0)
                 _decays(1, i, first_pass, dt, bias1, A1, grouped, halves, buffer, at, tokens, dt_min, dt_max, summed,
-                        chunk, SOFTPLUS, CLAMP, SPLIT, dtype)  # fmt: skip
+                        chunk, SOFTPLUS, CLAMP, dtype)  # fmt: skip
             mbarrier.arrive(known.index(buffer), count=1)
         if i == first_pass:
             if SPLIT:

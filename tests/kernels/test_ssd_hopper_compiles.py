@@ -9,10 +9,13 @@ import sys
 
 import pytest
 
+from tests.kernels.sass import spills_beside_products
 from tests.versions import LOWEST
 
 # In a process of its own: Triton's interpreter, which other tests turn on, has no Gluon.
 _PROGRAM = """
+import os
+import pathlib
 import sys
 import triton
 from triton.backends.compiler import GPUTarget
@@ -54,6 +57,7 @@ source = GluonASTSource(kernel, signature, constexprs)
 compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
 assert "wgmma.mma_async" in compiled.asm["ptx"] and compiled.asm["cubin"]
 assert compiled.metadata.shared <= 227 * 1024
+pathlib.Path(os.environ["TRITON_CACHE_DIR"], "cubin").write_bytes(compiled.asm["cubin"])
 """
 
 
@@ -79,3 +83,6 @@ def test_compiles_for_hopper(form: tuple[str, str], tmp_path: pathlib.Path) -> N
     assert done.returncode == 0, done.stderr[-2000:]
     assert "registers" in done.stdout, "ptxas has left no log"
     assert "serialized" not in done.stdout, done.stdout  # matrix products that are to run at the same time
+    if LOWEST:  # what is measured; Triton 3.9 spills five times in the relaxed form
+        relaxed = form[1][3] == "1"  # whose scores keep one number in memory
+        assert len(spills_beside_products(tmp_path / "cubin")) <= (2 if relaxed else 0)
