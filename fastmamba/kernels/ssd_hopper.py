@@ -243,8 +243,8 @@ def _kernel(
                               PAIR, SPLIT, STAGES)),
             ],
             [4, 4, 1, 1, 1, 1],
-            # Nobody spills in a loop (relaxed scores, one number): shared memory leaves the L1 cache next to nothing, and
-            # all wait for who does.
+            # Nobody spills in a loop, but relaxed scores a number: shared memory leaves the L1 cache next to nothing,
+            # and all wait for who does.
             [192, 192, 48, 48, 48, 48],
         )
     else:
