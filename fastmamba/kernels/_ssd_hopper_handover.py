@@ -86,7 +86,7 @@ def _ways(b, v, v1, slices, seg, segments, parts, handed_ptr, sync_ptr, N: gl.co
 @gluon.jit
 def _hand_over(
     state, decay, at, init_ptr, handed_ptr, handed_row, passed_ptr, flag_ptr, state_row, seg, segments, N: gl.constexpr,
-    kept=None, decay_before=None, ahead=0, going=None, snapshot=None,
+    kept, decay_before, ahead, going=None, snapshot=None,
 ):  # fmt: skip
     """The state before a block's segment, [P, N], given what its first pass adds, which goes to the blocks after.
 
@@ -115,12 +115,9 @@ def _hand_over(
     if snapshot is not None:
         before = snapshot
         scale = decay_before
-    elif kept is not None:  # on its way while this block waits for others; for a whole state later
+    else:  # on its way while this block waits for others; for a whole state later
         before = gl.load(_places(kept, N, layout), mask=(ahead > 0) & ~whole, other=0.0).to(gl.float32)
         scale = gl.where(whole, 1.0, decay_before)
-    else:
-        before = gl.zeros((Q, N), gl.float32, layout)
-        scale = gl.full([Q], 1.0, gl.float32, gl.SliceLayout(1, layout))
     since = 1.0  # decay from the end of a segment to the beginning of this one
     count = gl.minimum(seg, place + 1)
     if count > 0:
@@ -140,7 +137,6 @@ def _hand_over(
         gl.store(mine, (gl.load(mine).to(gl.float32) + before * decay[:, None]).to(element))
         sync_threads()
         gl.atomic_xchg(flag_ptr, 1, sem="release")
-        if kept is not None:
-            if ahead > 0:
-                before = before * decay_before[:, None] + gl.load(_places(kept, N, layout)).to(gl.float32)
+        if ahead > 0:
+            before = before * decay_before[:, None] + gl.load(_places(kept, N, layout)).to(gl.float32)
     return before
