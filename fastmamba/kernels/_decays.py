@@ -23,7 +23,10 @@ SUMMED = tl.constexpr(4)  # dt times the decay until the segment ends
 
 @triton.jit
 def _log2(v):
-    """log2 of a float32 that is not negative, to 4e-7; what is less than the smallest normal number counts as zero."""
+    """log2 of a float32 that is not negative, to 4e-7 or half its own last bit.
+
+    What is less than the smallest normal number counts as zero.
+    """
     bits = v.to(tl.int32, bitcast=True)
     whole = (bits - 0x3F3504F3) >> 23  # so that what is left is between the root of 1/2 and that of 2
     f = (bits - (whole << 23)).to(tl.float32, bitcast=True) - 1.0
