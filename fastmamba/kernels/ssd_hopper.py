@@ -44,8 +44,9 @@ from fastmamba.kernels._scores import chunk_scores
 from fastmamba.kernels._ssd_hopper_copies import fence_inits, load_first, load_role, load_second, prefetch, store_role
 from fastmamba.kernels._ssd_hopper_decays import decays_role, load_bits
 from fastmamba.kernels._ssd_hopper_handover import _ahead, _ways
+from fastmamba.kernels._ssd_hopper_plan import plan, scorers
 from fastmamba.kernels._ssd_hopper_roles import scores_role, walk_role
-from fastmamba.kernels._ssd_hopper_terms import GROUP, ROWS, SPAN, Q, sync_threads
+from fastmamba.kernels._ssd_hopper_terms import GROUP, ROWS, Q, sync_threads
 from fastmamba.kernels._ssd_hopper_wide import _SIZES, _STRIDES, wide_kernel
 from fastmamba.kernels._sync import zeros_left_as_found
 
@@ -302,43 +303,6 @@ def _stages(config: SsdConfig, width: int, gated: bool) -> int:
     return min(config.stages, 5 - config.block_slices - (width > 64))
 
 
-def _share(segments: int, chunks: int, slices: int, more: int = 0) -> float:
-    """How many groups of chunks earlier, before its segment, a block's first pass begins than that of the one before.
-
-    So all blocks have as much to sum up, for what the last segment adds to the state nobody needs. Two slices keep what
-    they have summed up for themselves in memory: only where a segment has a group for each. One slice has registers for
-    it, unless segments hand on whole states, and shares chunk by chunk: from three groups on. The first segment has
-    `more` chunks than the others.
-    """
-    if slices == 1:
-        pays = chunks > 2 * GROUP.value and segments <= SPAN.value
-    else:
-        pays = chunks >= GROUP.value * segments
-    return (chunks - more) / (GROUP.value * segments) if pays else 0.0
-
-
-def _more(segments: int, chunks: int) -> int:
-    """How many more chunks the first segment gets, in states of 256: it waits for nobody and reads nothing.
-
-    Where the first pass is shared, which makes up for it.
-    """
-    return 0 if segments == 1 or chunks < GROUP.value * segments else 4
-
-
-def _scorers(
-    device: torch.device, batch: int, groups: int, blocks_per_group: int, segments: int, per_segment: int
-) -> int:
-    """How many blocks to add to each segment that work out its C B^T while the others are at their first pass.
-
-    As many as multiprocessors are left for. 0 is a launch of its own before this one; so it is where there are several
-    groups, each of which has scores.
-    """
-    if groups > 1:
-        return 0
-    idle = multiprocessors(device) - batch * blocks_per_group * segments
-    return max(0, min(idle // (batch * segments), per_segment))
-
-
 def ssd(
     config: SsdConfig,
     x: Tensor,
@@ -365,27 +329,26 @@ def ssd(
     slices = heads * head_dim // 64
     slices_per_group = slices // groups
     wide = width > 128
-    blocks_per_group = -(-slices_per_group // (2 if wide else config.block_slices))
+    block_slices = 2 if wide else config.block_slices
     chunks = -(-tokens // config.chunk)
-    segments = min(config.segments, chunks)
-    # Equal ones, and equal parts of what the first pass sums up: all blocks wait until all are through with that.
-    per_segment = -(-chunks // segments)
-    segments = -(-chunks // per_segment)
-    more = _more(segments, per_segment) if wide else 0
-    per_segment = -(-(chunks - more) // segments)
+    available = multiprocessors(x.device)
+    planned = plan(
+        batch, groups, slices_per_group, chunks, config.segments, block_slices, available, wide=wide, leading=False
+    )
+    blocks_per_group, segments = planned.blocks_per_group, planned.segments
 
     new = x.new_empty
     y = new(x.shape)
     final = new((batch, heads, head_dim, width) if return_final_states else (1,), dtype=torch.float32)
     handed = sync = final  # not looked at unless the sequence is split
-    scorers = 0
+    scoring = 0
     if segments > 1:
         if wide:
-            scorers = _scorers(x.device, batch, groups, blocks_per_group, segments, per_segment)
+            scoring = scorers(batch, groups, planned, available)
         walks = batch * slices * segments
         # a state that a walker hands on, and one that it keeps for later
         handed = new(walks * (2 * 64 * width + 4 // state_dtype.itemsize), dtype=state_dtype)
-        sync = zeros_left_as_found(walks + (batch * segments if scorers else 0), x.device)
+        sync = zeros_left_as_found(walks + (batch * segments if scoring else 0), x.device)
     channels = heads * head_dim
     tensors: tuple[Any, ...] = (
         dt,
@@ -409,7 +372,7 @@ def ssd(
         blocks_per_group,
         groups,
         segments,
-        per_segment,
+        planned.per_segment,
     )
     scalars = (
         dt_min,
@@ -420,19 +383,18 @@ def ssd(
     clamp = dt_min > 0.0 or dt_max != float("inf") or not dt_softplus
     form = (dt_softplus, clamp, z is not None, return_final_states, segments > 1, relaxed)
     grid = (groups * blocks_per_group, segments, batch)
-    share = _share(segments, per_segment, 2 if wide else config.block_slices, more)
-    numbers += batch * slices * segments, 1 / blocks_per_group, share
+    numbers += batch * slices * segments, 1 / blocks_per_group, planned.share
     if wide:
-        if scorers:
+        if scoring:
             scores = new((batch * groups, chunks * 64, 64), dtype=torch.float32)
-            grid = (scorers + groups * blocks_per_group, segments, batch)
+            grid = (scoring + groups * blocks_per_group, segments, batch)
         else:
             scores = chunk_scores(C, B, config.chunk, width, config.precision, overlap=True)
             scores = scores.view(batch * groups, chunks * 64, 64)
         tensors = (*tensors, _descriptor(scores, 64, 64), scores)
-        constants: tuple[Any, ...] = (head_dim // 64, *form, log_A, y_scale, scorers > 0)
-        numbers = (*numbers, more, scorers, *scalars)
-        _launch_wide(grid, tensors, numbers, constants, num_warps=config.warps, launch_pdl=not scorers)
+        constants: tuple[Any, ...] = (head_dim // 64, *form, log_A, y_scale, scoring > 0)
+        numbers = (*numbers, planned.more, scoring, *scalars)
+        _launch_wide(grid, tensors, numbers, constants, num_warps=config.warps, launch_pdl=not scoring)
     else:
         stages = _stages(config, width, z is not None)
         per_channel = D is not None and D.ndim == 2

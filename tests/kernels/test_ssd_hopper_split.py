@@ -1,38 +1,67 @@
 """How the Hopper SSD splits a sequence, on the host: no segment without chunks, no block without a multiprocessor."""
 
 import pytest
-import torch
 
 pytest.importorskip("triton.experimental.gluon")
 
-from fastmamba.kernels import ssd_hopper  # noqa: E402
+from fastmamba.kernels._ssd_hopper_plan import Plan, plan, scorers  # noqa: E402
 
-CPU = torch.device("cpu")
+H200 = 132  # multiprocessors
+SHAPES = [
+    (1, 1, 80),
+    (1, 1, 48),
+    (1, 1, 24),
+    (1, 2, 3),
+    (2, 1, 20),
+    (3, 2, 5),
+    (1, 1, 1),
+]  # batch, groups, their slices
 
 
-@pytest.fixture(autouse=True)
-def _an_h200(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ssd_hopper, "multiprocessors", lambda device: 132)
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("block_slices", [1, 2])
+@pytest.mark.parametrize("batch, groups, slices", SHAPES)
+def test_every_chunk_is_walked_once(batch: int, groups: int, slices: int, block_slices: int, wide: bool) -> None:
+    for chunks in (1, 5, 16, 17, 33, 64, 67, 100, 256, 1024, 2049):
+        for segments in (*range(1, min(chunks, 14) + 1), 17, 33, 64):
+            found = plan(batch, groups, slices, chunks, segments, block_slices, H200, wide=wide)
+            last = chunks - found.lead - found.more - (found.segments - 1) * found.per_segment
+            assert 1 <= last <= found.per_segment + (found.more if found.segments == 1 else 0), found
+            begins = [_before(found, segment) for segment in range(found.segments)]
+            places = [found.lead + i * found.per_segment - before for i, before in enumerate(begins)]
+            assert min(begins) >= 0 and places[0] == 0 and places == sorted(places), found
 
 
-@pytest.mark.parametrize("chunks", [1, 5, 16, 17, 33, 64, 67, 100, 256, 1024, 2049])
-def test_a_longer_first_segment_leaves_chunks_for_the_last(chunks: int) -> None:
-    for asked in range(1, min(chunks, 64) + 1):
-        each = -(-chunks // asked)
-        segments = -(-chunks // each)
-        more = ssd_hopper._more(segments, each)
-        each = -(-(chunks - more) // segments)
-        assert chunks - more - (segments - 1) * each >= 1, (asked, segments, each, more)
+def _before(found: Plan, segment: int) -> int:
+    """Chunks before its segment that a block's first pass begins, counted one by one."""
+    return int(segment * found.share * 4 + found.lead + 0.5)
+
+
+@pytest.mark.parametrize("batch, groups, slices", SHAPES)
+def test_leaders_have_multiprocessors_and_slices(batch: int, groups: int, slices: int) -> None:
+    for segments in range(1, 12):
+        found = plan(batch, groups, slices, 256, segments, 2, H200)
+        blocks = groups * found.blocks_per_group
+        if found.leaders:
+            assert batch * (blocks * found.segments + found.leaders) <= H200
+            assert found.lead % 4 == 0 < found.lead and (found.leaders - 1) * found.pieces < blocks
+            assert blocks <= found.leaders * found.pieces
+
+
+def test_leaders_finish_with_the_others() -> None:
+    found = plan(1, 1, 80, 256, 3, 2, H200)
+    assert (found.segments, found.leaders, found.pieces, found.lead) == (3, 10, 4, 24)
+    assert plan(1, 1, 80, 256, 3, 2, 120) == plan(1, 1, 80, 256, 3, 2, H200, leading=False)
 
 
 @pytest.mark.parametrize(
     "batch, blocks, segments", [(1, 24, 5), (1, 24, 2), (2, 12, 5), (1, 40, 3), (1, 48, 1), (3, 2, 3)]
 )
 def test_blocks_that_score_take_what_is_left(batch: int, blocks: int, segments: int) -> None:
-    scorers = ssd_hopper._scorers(CPU, batch, 1, blocks, segments, 51)
-    assert 0 <= scorers <= 51
-    assert batch * segments * (blocks + scorers) <= 132 or scorers == 0
+    found = scorers(batch, 1, Plan(blocks, segments, 51), H200)
+    assert 0 <= found <= 51
+    assert batch * segments * (blocks + found) <= H200 or found == 0
 
 
 def test_groups_are_scored_by_a_launch() -> None:
-    assert ssd_hopper._scorers(CPU, 2, 2, 2, 3, 12) == 0
+    assert scorers(2, 2, Plan(2, 3, 12), H200) == 0
