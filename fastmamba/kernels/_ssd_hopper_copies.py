@@ -6,7 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from fastmamba.kernels._ssd_hopper_terms import EARLY, Q, _advance, _load, _seen_as, _store
+from fastmamba.kernels._ssd_hopper_terms import EARLY, Q, _advance, _load, _seen_as, _store, slices_of
 
 
 @gluon.jit
@@ -77,12 +77,13 @@ def first_phase(summed, PAIR: gl.constexpr, STAGES: gl.constexpr):
 @gluon.jit
 def load_role(
     begun, x_desc, B_desc, C_desc, z_desc, x_ptr, stride_x_t, tokens, second, arena, came, summed_up, full, walked,
-    walking, going, b, first, v, g, ahead, skip, summed, chunks,
+    walking, going, b, first, v, g, ahead, skip, summed, chunks, pieces, block, part_of_group, blocks_per_group,
+    slices_per_group,
     N: gl.constexpr, PAIR: gl.constexpr, GATED: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr,
     DEEP: gl.constexpr, FIRST_EACH: gl.constexpr,
 ):  # fmt: skip
     line = gl.arange(0, PAIR * Q, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-    beside = line // Q * Q * second.to(gl.int32)
+    beside = line // Q * Q * second
     stage = 1  # the first chunk's has been started before there were roles
     phase = 0
     if SPLIT:
@@ -105,16 +106,20 @@ def load_role(
             mbarrier.wait(going, 0)
         stage = first_stage(summed - skip, PAIR, STAGES)
         phase = first_phase(summed - skip, PAIR, STAGES)
-    for c in range(0 if SPLIT else 1, chunks):
-        mbarrier.wait(walked.index(stage), phase ^ 1)
-        load_second(x_desc, B_desc, C_desc, z_desc, arena, full.index(stage), stage, b, first + c * Q, v, g, N, PAIR,
-                    GATED)  # fmt: skip
-        stage, phase = _advance(stage, phase, STAGES)
+    for piece in range(pieces if SPLIT else 1):
+        for c in range(0 if SPLIT else 1, chunks):
+            mbarrier.wait(walked.index(stage), phase ^ 1)
+            load_second(x_desc, B_desc, C_desc, z_desc, arena, full.index(stage), stage, b, first + c * Q, v, g, N,
+                        PAIR, GATED)  # fmt: skip
+            stage, phase = _advance(stage, phase, STAGES)
+        if SPLIT:
+            g, v, _ = slices_of(block + piece + 1, part_of_group, blocks_per_group, slices_per_group, PAIR)
 
 
 @gluon.jit
 def store_role(
-    begun, y_desc, ys, walked, unready, walking, b, first, v, second, skip, summed, chunks,
+    begun, y_desc, ys, walked, unready, walking, b, first, v, second, skip, summed, chunks, pieces, block,
+    part_of_group, blocks_per_group, slices_per_group,
     PAIR: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     mbarrier.wait(begun, 0)
@@ -126,16 +131,19 @@ def store_role(
     if SPLIT:
         stage = first_stage(summed - skip, PAIR, STAGES)
         phase = first_phase(summed - skip, PAIR, STAGES)
-    for c in range(chunks):
-        mbarrier.wait(walked.index(stage), phase)
-        stage, phase = _advance(stage, phase, STAGES)
-        fence_async_shared()  # the copy engine reads what the walkers wrote, who need not wait for this fence
-        for k in gl.static_range(PAIR):
-            if k == 0:
-                _store(y_desc, [b, first + c * Q, v * Q], ys.index(place))
-            elif second:
-                _store(y_desc, [b, first + c * Q, (v + 1) * Q], ys.index(place))
-            place ^= 1
-        tma.store_wait(0)
-        for k in gl.static_range(PAIR):
-            mbarrier.arrive(unready.index(place ^ 1 if PAIR == 1 else k), count=1)
+    for piece in range(pieces if SPLIT else 1):
+        for c in range(chunks):
+            mbarrier.wait(walked.index(stage), phase)
+            stage, phase = _advance(stage, phase, STAGES)
+            fence_async_shared()  # the copy engine reads what the walkers wrote, who need not wait for this fence
+            for k in gl.static_range(PAIR):
+                if k == 0:
+                    _store(y_desc, [b, first + c * Q, v * Q], ys.index(place))
+                elif second != 0:
+                    _store(y_desc, [b, first + c * Q, (v + 1) * Q], ys.index(place))
+                place ^= 1
+            tma.store_wait(0)
+            for k in gl.static_range(PAIR):
+                mbarrier.arrive(unready.index(place ^ 1 if PAIR == 1 else k), count=1)
+        if SPLIT:
+            _, v, second = slices_of(block + piece + 1, part_of_group, blocks_per_group, slices_per_group, PAIR)

@@ -16,10 +16,12 @@ from fastmamba.kernels._ssd_hopper_terms import (
     _TOTAL,
     GROUP,
     LOG2E,
+    MOST_PIECES,
     ROWS,
     Q,
     _advance,
     _seen_as,
+    slices_of,
 )
 
 
@@ -97,6 +99,14 @@ def _running(dt, A, t, tokens, dt_min, dt_max, SOFTPLUS: gl.constexpr, CLAMP: gl
 
 
 @gluon.jit
+def _fact(facts, row: gl.constexpr, piece, layout: gl.constexpr):
+    """A number of a piece."""
+    lone: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    numbers = _seen_as(facts, gl.int32, [facts.shape[0] * MOST_PIECES, 1], lone)
+    return gl.sum(numbers.index(row * MOST_PIECES + piece).load(gl.SliceLayout(1, layout)), axis=0)
+
+
+@gluon.jit
 def decays_role(
     k: gl.constexpr,
     dt_ptr,  # at [b, first token of the segment, head]
@@ -114,14 +124,22 @@ def decays_role(
     skip,  # the first ones of them, that are not summed up after all
     summed,  # chunks of the first pass
     chunks,
+    pieces,
+    block,
+    part_of_group,
+    blocks_per_group,
+    slices_per_group,
+    stride_dt_h,
     SOFTPLUS: gl.constexpr,
     CLAMP: gl.constexpr,
     PAIR: gl.constexpr,
     SPLIT: gl.constexpr,
     LOG_A: gl.constexpr,
+    SLICES: gl.constexpr,
     HEADS: gl.constexpr,
     dtype: gl.constexpr,  # of x
     begun,
+    facts,  # of pieces: where dt of the head is, A, bias; of each of two roles
     dts,  # of the first four chunks, from the scores' warps; not where two slices walk a whole sequence
     asked,
 ):
@@ -140,25 +158,48 @@ def decays_role(
     chunk = gl.arange(0, GROUP, gl.SliceLayout(1, layout))
     q = chunk[:, None] * Q + gl.arange(0, Q, gl.SliceLayout(0, layout))[None, :]  # [GROUP, Q]
     first_pass = (summed + GROUP - 1) // GROUP
-    # all loads before the first use of one
-    first = _of_group(dt_ptr, FIRST, first_pass, ahead, q, tokens, stride_dt_t)
+    groups = first_pass + (chunks + GROUP - 1) // GROUP
     EARLY_DT: gl.constexpr = SPLIT or PAIR == 1
-    if not EARLY_DT:
-        coming = gl.load(first)
-    elif FIRST > 0:
-        coming = load_bits(first)
-    A = gl.load(A_ptr + head)
+    i = summed * 0 + FIRST  # of a piece's groups
+    piece = summed * 0
     bias = 0.0
-    if bias_ptr is not None:
-        bias = gl.load(bias_ptr + head).to(gl.float32)
-    A = _factor(A, LOG_A)
+    if SPLIT:
+        if FIRST > 0:
+            piece += (i >= groups).to(gl.int32)
+            i -= piece * groups
+        # What differs from one piece to the next: pieces are no loop of their own here, which took registers.
+        each_piece = gl.arange(0, MOST_PIECES, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+        _, v, second = slices_of(block + each_piece, part_of_group, blocks_per_group, slices_per_group, PAIR)
+        heads = gl.where(each_piece < pieces, (v + second * k) // SLICES, head)
+        A = gl.load(A_ptr + heads)
+        facts.index(3 * k).store((heads - head) * stride_dt_h)
+        if bias_ptr is not None:
+            facts.index(3 * k + 2).store(gl.load(bias_ptr + heads).to(gl.float32).to(gl.int32, bitcast=True))
+        facts.index(3 * k + 1).store(_factor(A, LOG_A).to(gl.int32, bitcast=True))
+        if bias_ptr is not None:
+            bias = _fact(facts, 3 * k + 2, piece, layout).to(gl.float32, bitcast=True)
+        A = _fact(facts, 3 * k + 1, piece, layout).to(gl.float32, bitcast=True)
+        if FIRST > 0:
+            coming = load_bits(
+                _of_group(dt_ptr + _fact(facts, 3 * k, piece, layout), i, first_pass, ahead, q, tokens, stride_dt_t)
+            )
+    else:  # all loads before the first use of one
+        first = _of_group(dt_ptr, FIRST, first_pass, ahead, q, tokens, stride_dt_t)
+        if not EARLY_DT:
+            coming = gl.load(first)
+        elif FIRST > 0:
+            coming = load_bits(first)
+        A = gl.load(A_ptr + head)
+        if bias_ptr is not None:
+            bias = gl.load(bias_ptr + head).to(gl.float32)
+        A = _factor(A, LOG_A)
     mbarrier.wait(begun, 0)
     if EARLY_DT and FIRST == 0:
         mbarrier.wait(asked, 0)
         coming = _seen_as(dts, gl.int32, [HEADS, GROUP, Q], rows).index(k).load(layout)
     buffer = FIRST
     phase = 0
-    for i in range(FIRST, first_pass + (chunks + GROUP - 1) // GROUP, STEP):
+    for _ in range(FIRST, groups * pieces if SPLIT else groups, STEP):
         t = gl.where(i < first_pass, i * GROUP - ahead, (i - first_pass) * GROUP) * Q + q
         if EARLY_DT:
             dt = _from_bits(coming, dt_ptr.dtype.element_ty) + bias
@@ -197,10 +238,21 @@ def decays_role(
         halves.index(2 * (row + _LEFT) + 1).store(rest)
         nums.index(row + _TOTAL).store(cum * 0.0 + gl.exp2(last))
         mbarrier.arrive(known.index(buffer), count=1)
+        i += STEP
+        base = dt_ptr
+        if SPLIT:
+            for _again in gl.static_range(STEP):  # a piece may be one group
+                over = i >= groups
+                i -= gl.where(over, groups, 0)
+                piece += over.to(gl.int32)
+            base += _fact(facts, 3 * k, piece, layout)
+            A = _fact(facts, 3 * k + 1, piece, layout).to(gl.float32, bitcast=True)
+            if bias_ptr is not None:
+                bias = _fact(facts, 3 * k + 2, piece, layout).to(gl.float32, bitcast=True)
         if EARLY_DT:  # earlier, it would take registers of which there are none left, or hold up the first four chunks
-            coming = load_bits(_of_group(dt_ptr, i + STEP, first_pass, ahead, q, tokens, stride_dt_t))
+            coming = load_bits(_of_group(base, i, first_pass, ahead, q, tokens, stride_dt_t))
             if PAIR == 2:  # worth 3% with two slices; with one, 4% and 5% are gained without
-                prefetch(_of_group(dt_ptr, i + 2 * STEP, first_pass, ahead, q, tokens, stride_dt_t))
+                prefetch(_of_group(base, i + STEP, first_pass, ahead, q, tokens, stride_dt_t))
         if STEP == 2:
             phase ^= 1
         else:

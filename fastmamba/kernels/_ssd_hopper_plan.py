@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -39,14 +38,12 @@ class Plan:
     lead: int = 0
     """How many chunks those are: a multiple of GROUP."""
 
-    @property
-    def first_pass(self) -> float:
-        """Chunks of the longest first pass, about: they are shared evenly, or each block sums up its own segment."""
-        if self.segments == 1:
-            return 0.0
-        if self.share == 0.0 and self.leaders == 0:
-            return float(self.per_segment + self.more)
-        return (self.lead + self.more + (self.segments - 1) * self.per_segment) / self.segments
+    def ahead(self, segment: int, step: int) -> int:
+        """How many chunks before its segment a block begins its first pass, in steps of so many.
+
+        As the kernels round in float32, or one step more where that may go either way.
+        """
+        return int(segment * self.share * (GROUP // step) + ((self.lead + self.more) / step + 0.501)) * step
 
 
 @dataclass(frozen=True)
@@ -58,15 +55,24 @@ class _Pace:
     handover: float
     """Handing states on, with all that is waited for."""
 
-    def walk(self, plan: Plan) -> float:
+    def walk(self, segments: int, chunks: int, lead: float) -> float:
         """Of a segment, both passes."""
-        return self.first * plan.first_pass + self.handover + plan.per_segment + plan.more
+        walked = (chunks - lead) / segments
+        return self.first * (lead + (segments - 1) * walked) / segments + self.handover + walked
+
+    def lead(self, segments: int, chunks: int, pieces: int) -> float:
+        """How many chunks of so many pieces leaders walk meanwhile."""
+        whole = self.walk(segments, chunks, 0)
+        return whole / (pieces + whole - self.walk(segments, chunks, 1))
 
 
 # 1,100 of 2,460 clocks, one head to a block, or of 2,910, two heads; a lone slice 750 of 1,500; states of 256 1,450 of
-# 3,100 or of 3,800. Handing on takes 15,000.
+# 3,100 or of 3,800; of 4,500 with a gate. Handing on takes 15,000; with a gate leaders were late by that.
 _NARROW = {1: _Pace(first=0.5, handover=8.0), 2: _Pace(first=0.42, handover=5.5)}
+_GATED = {1: _Pace(first=0.35, handover=4.0), 2: _Pace(first=0.28, handover=1.0)}
 _WIDE = _Pace(first=0.42, handover=4.5)
+_MOST_PIECES = terms.MOST_PIECES.value - 2
+"""Of a leader."""
 
 
 def _share(segments: int, chunks: int, slices: int, more: int = 0) -> float:
@@ -88,34 +94,26 @@ def _more(segments: int, chunks: int) -> int:
 
 
 def _led(plan: Plan, slices: int, blocks: int, chunks: int, idle: int, pace: _Pace) -> Plan:
-    """The plan with leaders on so many multiprocessors, where that is faster.
+    """The plan with leaders on so many idle multiprocessors; `blocks` are those of a segment.
 
-    `blocks` are those of a segment. As many chunks as leaders walk while the others do both passes, and as few leaders
-    as that takes.
+    As many chunks as leaders walk while the others do both passes, and as few leaders as that takes.
     """
-    if plan.segments == 1 or idle < 1 or slices == 1 and plan.segments > SPAN:
+    segments = plan.segments
+    if segments == 1 or idle < 1 or slices == 1 and segments > SPAN:
         return plan
     pieces = -(-blocks // min(idle, blocks))
-    leaders = -(-blocks // pieces)
-    best = plan
-    for lead in range(GROUP, chunks, GROUP):
-        per = -(-(chunks - lead) // plan.segments)
-        if chunks - lead - (plan.segments - 1) * per < 1:
-            continue
-        led = dataclasses.replace(
-            plan,
-            per_segment=per,
-            more=0,
-            share=(per - lead) / (GROUP * plan.segments),
-            leaders=leaders,
-            pieces=pieces,
-            lead=lead,
-        )
-        if pieces * lead > pace.walk(led):
-            break
-        if pace.walk(led) < pace.walk(best):
-            best = led
-    return best
+    if pieces > _MOST_PIECES:
+        return plan
+    step = 1 if slices == 1 else GROUP
+    most = int(min(pace.lead(segments, chunks, pieces), chunks / (segments + 1)))
+    for lead in range(most // GROUP * GROUP, 0, -GROUP):
+        per = -(-(chunks - lead) // segments)
+        share = (per - lead) / (GROUP * segments)
+        led = Plan(plan.blocks_per_group, segments, per, 0, share, -(-blocks // pieces), pieces, lead)
+        # No segment without chunks, and a block's first pass is to reach its segment.
+        if chunks - lead > (segments - 1) * per and all(led.ahead(s, step) <= per for s in range(1, segments)):
+            return led
+    return plan
 
 
 @functools.lru_cache(maxsize=512)
@@ -129,6 +127,7 @@ def plan(
     multiprocessors: int,
     *,
     wide: bool = False,
+    gated: bool = False,
     leading: bool = True,
 ) -> Plan:
     """How to divide `slices` of each group in `chunks` into `segments` at most, for blocks of `block_slices`.
@@ -148,7 +147,8 @@ def plan(
         return found
     blocks = groups * blocks_per_group
     idle = multiprocessors // batch - blocks * segments
-    return _led(found, block_slices, blocks, chunks, idle, _WIDE if wide else _NARROW[block_slices])
+    pace = _WIDE if wide else (_GATED if gated else _NARROW)[block_slices]
+    return _led(found, block_slices, blocks, chunks, idle, pace)
 
 
 def scorers(batch: int, groups: int, plan: Plan, multiprocessors: int) -> int:

@@ -41,6 +41,7 @@ from fastmamba.kernels._ssd_hopper_terms import (
     GROUP,
     Q,
     _advance,
+    slices_of,
     sync_threads,
 )
 
@@ -126,8 +127,15 @@ def scores_role(
     skip,
     summed,
     chunks,
+    pieces,
+    block,
+    part_of_group,
+    blocks_per_group,
+    slices_per_group,
+    stride_D_h,
     N: gl.constexpr,
     PAIR: gl.constexpr,
+    SLICES: gl.constexpr,
     RELAXED: gl.constexpr,
     SPLIT: gl.constexpr,
     STAGES: gl.constexpr,
@@ -186,43 +194,50 @@ def scores_role(
     unneeded = group
     turn = groups // 2 & 1
     buffer = 0
-    for c in range(chunks):
-        mbarrier.wait(full.index(stage), phase)
-        products = _products(states, stage, N, mma)
-        mbarrier.wait(known.index(group), turn)
-        mbarrier.wait(walked.index(before), passed, pred=c >= 2)  # G's place is free
-        if c >= 2:
-            before, passed = _advance(before, passed, STAGES)
-            if c % GROUP == 1:  # the walkers were at the last of four chunks
-                mbarrier.arrive(unknown.index(unneeded), count=PAIR)
-                unneeded ^= 1
-        scores = warpgroup_mma_wait(0, [products])  # [t, s]
-        # What a token adds to its own output is the largest of its contributions: it is not rounded as G is.
-        same = gl.convert_layout(_diagonal(scores, t, s), gl.SliceLayout(1, mma))
-        for k in gl.static_range(HEADS):
-            cum = _numbers(nums, k, group, c, _CUM).load(gl.SliceLayout(1, mma))
-            entry = _numbers(nums, k, group, c, _ENTRY).load(gl.SliceLayout(0, mma))
-            decay = gl.exp2(cum[:, None] - entry[None, :])
-            if RELAXED:
-                # The sum is for ptxas, which serialises matrix products whose results are rounded at once.
-                G = _packed((scores + 0.0).to(dtype) * decay.to(dtype))
-            else:
-                G = _rounded(scores * decay, dtype)
-            # Above the diagonal, where the decay may be infinite; two at a time, as every instruction here counts.
-            G = _unpacked(G & earlier, dtype, mma)
-            dt = gl.exp2(cum - _numbers(nums, k, group, c, _ENTRY).load(gl.SliceLayout(1, mma)))
-            if k == 0:
-                G0.index(buffer).store(G)
-                own0.index(buffer).store(same * dt + skip0)
-            else:
-                G1.index(buffer).store(G)
-                own1.index(buffer).store(same * dt + skip1)
-        fence_async_shared()
-        mbarrier.arrive(scored.index(buffer), count=1)
-        stage, phase = _advance(stage, phase, STAGES)
-        if c % GROUP == GROUP - 1:
-            group, turn = _advance(group, turn, 2)
-        buffer ^= 1
+    for piece in range(pieces if SPLIT else 1):
+        free = gl.where(piece == 0, 2, 0)  # the chunk that is the first one to wait for a place for G
+        for c in range(chunks):
+            mbarrier.wait(full.index(stage), phase)
+            products = _products(states, stage, N, mma)
+            mbarrier.wait(known.index(group), turn)
+            mbarrier.wait(walked.index(before), passed, pred=c >= free)
+            if c >= free:
+                before, passed = _advance(before, passed, STAGES)
+                if c % GROUP == 1:  # the walkers were at the last of four chunks
+                    mbarrier.arrive(unknown.index(unneeded), count=PAIR)
+                    unneeded ^= 1
+            scores = warpgroup_mma_wait(0, [products])  # [t, s]
+            # What a token adds to its own output is the largest of its contributions: it is not rounded as G is.
+            same = gl.convert_layout(_diagonal(scores, t, s), gl.SliceLayout(1, mma))
+            for k in gl.static_range(HEADS):
+                cum = _numbers(nums, k, group, c, _CUM).load(gl.SliceLayout(1, mma))
+                entry = _numbers(nums, k, group, c, _ENTRY).load(gl.SliceLayout(0, mma))
+                decay = gl.exp2(cum[:, None] - entry[None, :])
+                if RELAXED:
+                    # The sum is for ptxas, which serialises matrix products whose results are rounded at once.
+                    G = _packed((scores + 0.0).to(dtype) * decay.to(dtype))
+                else:
+                    G = _rounded(scores * decay, dtype)
+                # Above the diagonal, where the decay may be infinite; two at a time, as every instruction here counts.
+                G = _unpacked(G & earlier, dtype, mma)
+                dt = gl.exp2(cum - _numbers(nums, k, group, c, _ENTRY).load(gl.SliceLayout(1, mma)))
+                if k == 0:
+                    G0.index(buffer).store(G)
+                    own0.index(buffer).store(same * dt + skip0)
+                else:
+                    G1.index(buffer).store(G)
+                    own1.index(buffer).store(same * dt + skip1)
+            fence_async_shared()
+            mbarrier.arrive(scored.index(buffer), count=1)
+            stage, phase = _advance(stage, phase, STAGES)
+            if c % GROUP == GROUP - 1:
+                group, turn = _advance(group, turn, 2)
+            buffer ^= 1
+        if SPLIT and D_ptr is not None and not PER_CHANNEL:
+            if piece + 1 < pieces:
+                _, v, second = slices_of(block + piece + 1, part_of_group, blocks_per_group, slices_per_group, PAIR)
+                skip0 = gl.load(D_ptr + v // SLICES * stride_D_h).to(gl.float32)
+                skip1 = gl.load(D_ptr + (v + second) // SLICES * stride_D_h).to(gl.float32)
 
 
 @gluon.jit
@@ -254,7 +269,6 @@ def walk_role(
     k: gl.constexpr,
     begun,
     D_ptr,
-    D_at,
     init_ptr,
     final_ptr,
     handed_ptr,
@@ -275,19 +289,27 @@ def walk_role(
     unready,
     walking,
     going,
-    there,  # whether the slice is there: a group of an odd number of slices leaves one over
+    v,
+    there,  # 1 where slice v is this walker's: a group of an odd number of slices leaves one over
     state_row,
     handed_row,
     parts,  # of all blocks
+    stride_D_h,
     stride_D_p,
-    seg,
+    seg,  # of a leader: their number
     segments,
     ahead,
     skip,
     summed,
     chunks,
+    pieces,
+    block,
+    part_of_group,
+    blocks_per_group,
+    slices_per_group,
     N: gl.constexpr,
     PAIR: gl.constexpr,
+    SLICES: gl.constexpr,
     GATED: gl.constexpr,
     STORE_FINAL: gl.constexpr,
     SPLIT: gl.constexpr,
@@ -357,24 +379,23 @@ def walk_role(
                 # what of the segment's first state this block itself has summed up
                 if PAIR == 1:
                     snapshot = state
-                elif there & (ahead > 0):
+                elif (there != 0) & (ahead > 0):
                     gl.store(_places(kept, N, wide), state.to(element))
         mbarrier.arrive(walking, count=1)
+        hands = (there != 0) & (seg < segments)
         if PAIR == 2:
-            if not there:
+            if not hands:
                 mbarrier.arrive(going, count=1)
-        if there:
+        if hands:
             state = _hand_over(state, decay, at, init_ptr, handed_ptr, handed_row, passed_ptr, flag_ptr, state_row, seg,
                                segments, N, kept, before_segment, ahead, going if PAIR == 2 else None,
                                snapshot if PAIR == 1 else None)  # fmt: skip
     elif init_ptr is not None:
-        if there:
+        if there != 0:
             state = gl.load(init_ptr + state_row + at).to(gl.float32)
 
-    D = 0.0
-    if PER_CHANNEL:
-        rows = gl.arange(0, Q, gl.SliceLayout(1, mma))
-        D = gl.load(D_ptr + D_at + rows * stride_D_p).to(gl.float32)
+    rows = gl.arange(0, Q, gl.SliceLayout(1, mma))
+    D = rows * 0.0
     buffer = 0
     lap = 0
     place = k
@@ -387,51 +408,66 @@ def walk_role(
     AT: gl.constexpr = arena.shape[0] - EACH + k
     pairs = _packed(_fetch(AT, arena, full, stage, phase, True, -EACH, narrow))
     mbarrier.wait(known.index(group), turn)
-    for c in range(chunks):
-        # With nothing, which ptxas does not know: it would see x written that a product under way is to read next.
-        xT = _unpacked(pairs ^ (stage >> 16), dtype, narrow)
-        # Here, not while the last chunk's product runs: ptxas would serialise the products.
-        weighted = _weigh(head, xT, nums, group, c)
-        total = _numbers(nums, head, group, c, _TOTAL).load(gl.SliceLayout(1, wide))
-        zeros = gl.zeros((Q, Q), gl.float32, mma)
-        before = gl.convert_layout(state.to(dtype), narrow_state)
-        state *= total[:, None]
-        C = states.index(2 * stage + 1).reshape([Q, N])
-        # The state needs nothing of y: both products are under way before either is waited for.
-        y = warpgroup_mma(before, C.permute([1, 0]), zeros, use_acc=False, is_async=True)
-        sum = warpgroup_mma(weighted, states.index(2 * stage).reshape([Q, N]), state, is_async=True)
-        if PAIR == 1:  # with two there are not the registers to have this ready before
-            mbarrier.wait(scored.index(buffer), lap)
-            since, own = _beside(head, xT, owns.index(buffer), D, nums, group, c, mma, PER_CHANNEL)
-        y = warpgroup_mma_wait(1, [y])
-        if PAIR == 2:
-            mbarrier.wait(scored.index(buffer), lap)
-            since, own = _beside(head, xT, owns.index(buffer), D, nums, group, c, mma, PER_CHANNEL)
-        y = y * since + own
-        state = warpgroup_mma_wait(0, [sum])
-        y = warpgroup_mma(xT, G.index(buffer).permute([1, 0]), y, is_async=True)
-        # in its shadow: the next chunk's x comes
-        if c % GROUP == GROUP - 1:
-            group, turn = _advance(group, turn, 2)
-        used = stage
-        stage, phase = _advance(stage, phase, STAGES)
-        pairs = _packed(_fetch(AT, arena, full, stage, phase, c + 1 < chunks, -EACH, narrow))
-        mbarrier.wait(known.index(group), turn, pred=c + 1 < chunks)
-        if GATED:
-            z = arena.index(AT + PAIR - used * EACH).reshape([Q, Q]).permute([1, 0]).load(narrow)
-            gate = _silu(gl.convert_layout(_widen(z), mma))
-        y = warpgroup_mma_wait(0, [y])
-        if GATED:
-            y *= gate
-        mbarrier.wait(unready.index(place), stored ^ 1)
-        ys.index(place).reshape([Q, Q]).permute([1, 0]).store((y * Y_SCALE).to(dtype))
-        mbarrier.arrive(walked.index(used), count=1)
-        if PAIR == 1:
-            place, stored = _advance(place, stored, 2)
-        else:
-            stored ^= 1
-        buffer, lap = _advance(buffer, lap, 2)
+    for piece in range(pieces if SPLIT else 1):
+        now = v
+        if SPLIT:
+            leads = seg == segments  # a leader knows the state before its first chunks
+            # No branch: with one, ptxas would put the products of the loop below in an order that is slower.
+            state = (state.to(gl.int32, bitcast=True) & gl.where(leads, 0, -1)).to(gl.float32, bitcast=True)
+            if init_ptr is not None or PER_CHANNEL:
+                _, now, second = slices_of(block + piece, part_of_group, blocks_per_group, slices_per_group, PAIR)
+                now += second * k
+            if init_ptr is not None:
+                row = init_ptr + state_row + (now - v).to(gl.int64) * (Q * N)
+                state += gl.load(row + at, mask=leads, other=0.0).to(gl.float32)
+        if PER_CHANNEL:
+            D = gl.load(D_ptr + now // SLICES * stride_D_h + (now % SLICES * Q + rows) * stride_D_p).to(gl.float32)
+        to_come = (pieces - piece) * chunks if SPLIT else chunks  # with those of later pieces
+        for c in range(chunks):
+            # With nothing, which ptxas does not know: it would see x written that a product under way is to read next.
+            xT = _unpacked(pairs ^ (stage >> 16), dtype, narrow)
+            # Here, not while the last chunk's product runs: ptxas would serialise the products.
+            weighted = _weigh(head, xT, nums, group, c)
+            total = _numbers(nums, head, group, c, _TOTAL).load(gl.SliceLayout(1, wide))
+            zeros = gl.zeros((Q, Q), gl.float32, mma)
+            before = gl.convert_layout(state.to(dtype), narrow_state)
+            state *= total[:, None]
+            C = states.index(2 * stage + 1).reshape([Q, N])
+            # The state needs nothing of y: both products are under way before either is waited for.
+            y = warpgroup_mma(before, C.permute([1, 0]), zeros, use_acc=False, is_async=True)
+            sum = warpgroup_mma(weighted, states.index(2 * stage).reshape([Q, N]), state, is_async=True)
+            if PAIR == 1:  # with two there are not the registers to have this ready before
+                mbarrier.wait(scored.index(buffer), lap)
+                since, own = _beside(head, xT, owns.index(buffer), D, nums, group, c, mma, PER_CHANNEL)
+            y = warpgroup_mma_wait(1, [y])
+            if PAIR == 2:
+                mbarrier.wait(scored.index(buffer), lap)
+                since, own = _beside(head, xT, owns.index(buffer), D, nums, group, c, mma, PER_CHANNEL)
+            y = y * since + own
+            state = warpgroup_mma_wait(0, [sum])
+            y = warpgroup_mma(xT, G.index(buffer).permute([1, 0]), y, is_async=True)
+            # in its shadow: the next chunk's x comes
+            if c % GROUP == GROUP - 1:
+                group, turn = _advance(group, turn, 2)
+            used = stage
+            stage, phase = _advance(stage, phase, STAGES)
+            pairs = _packed(_fetch(AT, arena, full, stage, phase, c + 1 < to_come, -EACH, narrow))
+            mbarrier.wait(known.index(group), turn, pred=c + 1 < to_come)
+            if GATED:
+                z = arena.index(AT + PAIR - used * EACH).reshape([Q, Q]).permute([1, 0]).load(narrow)
+                gate = _silu(gl.convert_layout(_widen(z), mma))
+            y = warpgroup_mma_wait(0, [y])
+            if GATED:
+                y *= gate
+            mbarrier.wait(unready.index(place), stored ^ 1)
+            ys.index(place).reshape([Q, Q]).permute([1, 0]).store((y * Y_SCALE).to(dtype))
+            mbarrier.arrive(walked.index(used), count=1)
+            if PAIR == 1:
+                place, stored = _advance(place, stored, 2)
+            else:
+                stored ^= 1
+            buffer, lap = _advance(buffer, lap, 2)
     if STORE_FINAL:
-        if there:
+        if there != 0:
             if seg + 1 == segments:
                 gl.store(gl.max_contiguous(gl.multiple_of(final_ptr + state_row + at, [8, 8]), [1, 8]), state)

@@ -23,6 +23,9 @@ _TOTAL = gl.constexpr(4)  # decay over the chunk, the same in every column
 ROWS = gl.constexpr(5)
 GROUP = gl.constexpr(4)  # chunks that the decays warps work out at a time
 EARLY = gl.constexpr(3)  # how many chunks before it is loaded x is asked for, in the first pass
+MOST_PIECES = gl.constexpr(
+    32
+)  # that a leader's numbers are kept for, with those that are looked ahead to past the last
 SPAN = gl.constexpr(16)  # segments, of which the last one hands on a whole state, the others what they add to it
 
 
@@ -39,3 +42,14 @@ def _advance(stage, phase, STAGES: gl.constexpr):
     stage += 1
     wrapped = stage == STAGES
     return gl.where(wrapped, 0, stage), gl.where(wrapped, phase ^ 1, phase)
+
+
+@gluon.jit
+def slices_of(block, part_of_group, blocks_per_group, slices_per_group, PAIR: gl.constexpr):
+    """Of a block of a segment: its group, its first slice of all, and 1 where its second one is there, else 0.
+
+    A group of an odd number of slices leaves one over. No division of integers, which takes long.
+    """
+    g = ((block.to(gl.float32) + 0.5) * part_of_group).to(gl.int32)
+    place = (block - g * blocks_per_group) * PAIR
+    return g, g * slices_per_group + place, (place + 1 < slices_per_group).to(gl.int32)

@@ -19,7 +19,8 @@ never go through shared memory. Where batch x heads does not fill the GPU, the s
 the walkers first sum up what their segment adds to the state, hand it on, and then walk it again for the output. A
 segment sums up what those before it have added, and looks no further back than to one that has handed on a whole state.
 What the last segment adds nobody needs, so all blocks share what the others do: each begins some chunks before its
-segment, and keeps what it has summed up there for itself.
+segment, and keeps what it has summed up there for itself. Multiprocessors that would be idle get blocks that lead:
+they walk chunks before the first segment, where the state is known, of several blocks' slices one after the other.
 
 Two slices of one head (channels 64 to a slice) share the decays and G, and the two decays warps the work.
 
@@ -46,13 +47,13 @@ from fastmamba.kernels._ssd_hopper_decays import decays_role, load_bits
 from fastmamba.kernels._ssd_hopper_handover import _ahead, _ways
 from fastmamba.kernels._ssd_hopper_plan import plan, scorers
 from fastmamba.kernels._ssd_hopper_roles import scores_role, walk_role
-from fastmamba.kernels._ssd_hopper_terms import GROUP, ROWS, Q, sync_threads
+from fastmamba.kernels._ssd_hopper_terms import GROUP, MOST_PIECES, ROWS, Q, slices_of, sync_threads
 from fastmamba.kernels._ssd_hopper_wide import _SIZES, _STRIDES, wide_kernel
 from fastmamba.kernels._sync import zeros_left_as_found
 
 
 # One binary for all sizes: a specialisation saves nothing here and costs seconds of compilation.
-@gluon.jit(do_not_specialize=[*_SIZES, "parts", *_STRIDES, "stride_x_b", "stride_x_t"])
+@gluon.jit(do_not_specialize=[*_SIZES, "parts", "lead", "pieces", *_STRIDES, "stride_x_b", "stride_x_t"])
 def _kernel(
     dt_ptr,
     x_desc,
@@ -78,6 +79,9 @@ def _kernel(
     parts,  # segments of all slices of all sequences
     part_of_group,  # that a block is of its group's, 1 / blocks_per_group
     share,
+    part_of_segment,  # that a block is of its segment's
+    lead,  # chunks before the first segment, which leaders walk
+    pieces,  # of how many blocks a leader walks them
     dt_min,
     dt_max,
     stride_dt_b,
@@ -105,27 +109,40 @@ def _kernel(
     # Multiprocessors get blocks in this order, the first index fastest: who waits for an earlier segment's block waits
     # for one that has started. And no division of integers: all that a block loads waits for this.
     block = gl.program_id(0)
-    seg = gl.program_id(1)
-    b = gl.program_id(2)
-    g = ((block.to(gl.float32) + 0.5) * part_of_group).to(gl.int32)
-    place = (block - g * blocks_per_group) * PAIR
-    v = g * slices_per_group + place
-    second = place + 1 < slices_per_group
-
-    first_chunk = seg * chunks_per_segment
-    first = first_chunk * Q
+    b = gl.program_id(1)
     total = (T + Q - 1) // Q
-    last = seg + 1 == segments
-    chunks = gl.where(last, total - first_chunk, chunks_per_segment)  # the last one takes what is left
-    # Decays come for groups of chunks, and the segment begins one: of those before it, the first may lack some chunks.
-    STEP: gl.constexpr = 1 if PAIR == 1 else GROUP
-    before = _ahead(seg, share, STEP)
-    ahead = (before + GROUP - 1) // GROUP * GROUP
-    skip = ahead - before
-    summed = ahead + gl.where(last, 0, chunks - _ahead(seg + 1, share, STEP))
+    if SPLIT:
+        blocks = groups * blocks_per_group
+        seg = ((block.to(gl.float32) + 0.5) * part_of_segment).to(gl.int32)
+        block -= seg * blocks
+        leads = seg == segments
+        block *= gl.where(leads, pieces, 1)
+        pieces = gl.where(leads, gl.minimum(pieces, blocks - block), 1)
+        first_chunk = gl.where(leads, 0, lead + seg * chunks_per_segment)
+        last = seg + 1 == segments
+        chunks = gl.where(last, total - first_chunk, chunks_per_segment)  # the last one takes what is left
+        # Decays come for groups of chunks, a segment begins one: of those before it, the first may lack some chunks.
+        STEP: gl.constexpr = 1 if PAIR == 1 else GROUP
+        begins = lead.to(gl.float32) / STEP
+        before = _ahead(seg, share, STEP, begins)
+        before = gl.where(leads, 0, before)
+        ahead = (before + GROUP - 1) // GROUP * GROUP
+        skip = ahead - before
+        summed = ahead + gl.where(last | leads, 0, chunks - _ahead(seg + 1, share, STEP, begins))
+        chunks = gl.where(leads, lead, chunks)
+    else:
+        chunks = total
+        seg = total * 0
+        first_chunk = total * 0
+        before = total * 0
+        ahead = total * 0
+        skip = total * 0
+        summed = total * 0
+    g, v, second = slices_of(block, part_of_group, blocks_per_group, slices_per_group, PAIR)
+    first = first_chunk * Q
     tokens = T - first
     head0 = v // SLICES
-    v1 = gl.where(second, v + 1, v)
+    v1 = v + second
     head1 = v1 // SLICES
 
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=3)
@@ -149,6 +166,7 @@ def _kernel(
         own1 = gl.allocate_shared_memory(gl.float32, [2, Q], owns)
     ys = gl.allocate_shared_memory(dtype, [2, 1, Q, Q], tile)  # of both slices, or of two chunks
     nums = gl.allocate_shared_memory(gl.float32, [2 * HEADS * ROWS * GROUP, Q], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    facts = gl.allocate_shared_memory(gl.int32, [3 * PAIR, MOST_PIECES], owns)  # of a leader's pieces
     dts = gl.allocate_shared_memory(gl.int32, [HEADS, GROUP * Q], owns)  # of the first four chunks
     asked = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     begun = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -220,27 +238,34 @@ def _kernel(
             [
                 (scores_role, (begun, unready, first_dt0, first_dt1, dts, asked, arena, nums, G0, G1, own0, own1, D_ptr,
                                D0, D1, came, summed_up, full, known, unknown, scored, walked, walking, going, skip,
-                               summed, chunks, N, PAIR, RELAXED, SPLIT, STAGES, DEEP, HEADS, PER_CHANNEL)),
-                (walk_role, (gl.constexpr(0), begun, D_ptr, D0, init_ptr, final_ptr, handed_ptr, passed, flag, arena,
+                               summed, chunks, pieces, block, part_of_group, blocks_per_group, slices_per_group,
+                               stride_D_h, N, PAIR, SLICES, RELAXED, SPLIT, STAGES, DEEP, HEADS, PER_CHANNEL)),
+                (walk_role, (gl.constexpr(0), begun, D_ptr, init_ptr, final_ptr, handed_ptr, passed, flag, arena,
                              nums, G0, own0, ys, came, summed_up, full, known, unknown, scored, walked, unready,
-                             walking, going, v >= 0, state_row, handed_row, parts, stride_D_p, seg, segments, ahead,
-                             skip, summed, chunks, N, PAIR, GATED, STORE_FINAL, SPLIT, STAGES, DEEP, Y_SCALE, HEADS,
-                             PER_CHANNEL)),
-                (walk_role, (gl.constexpr(1), begun, D_ptr, D1, init_ptr, final_ptr, handed_ptr, passed1, flag1, arena,
+                             walking, going, v, second * 0 + 1, state_row, handed_row, parts, stride_D_h, stride_D_p,
+                             seg, segments, ahead, skip, summed, chunks, pieces, block, part_of_group, blocks_per_group,
+                             slices_per_group, N, PAIR, SLICES, GATED, STORE_FINAL, SPLIT, STAGES, DEEP, Y_SCALE,
+                             HEADS, PER_CHANNEL)),
+                (walk_role, (gl.constexpr(1), begun, D_ptr, init_ptr, final_ptr, handed_ptr, passed1, flag1, arena,
                              nums, G1, own1, ys, came, summed_up, full, known, unknown, scored, walked, unready,
-                             walking, going, second, state_row1, handed_row1, parts, stride_D_p, seg, segments, ahead,
-                             skip, summed, chunks, N, PAIR, GATED, STORE_FINAL, SPLIT, STAGES, DEEP, Y_SCALE, HEADS,
-                             PER_CHANNEL)),
+                             walking, going, v1, second, state_row1, handed_row1, parts, stride_D_h, stride_D_p,
+                             seg, segments, ahead, skip, summed, chunks, pieces, block, part_of_group, blocks_per_group,
+                             slices_per_group, N, PAIR, SLICES, GATED, STORE_FINAL, SPLIT, STAGES, DEEP, Y_SCALE,
+                             HEADS, PER_CHANNEL)),
                 (load_role, (begun, x_desc, B_desc, C_desc, z_desc, x_at, stride_x_t, tokens, second, arena, came,
-                             summed_up, full, walked, walking, going, b, first, v, g, ahead, skip, summed, chunks, N,
+                             summed_up, full, walked, walking, going, b, first, v, g, ahead, skip, summed, chunks,
+                             pieces, block, part_of_group, blocks_per_group, slices_per_group, N,
                              PAIR, GATED, SPLIT, STAGES, DEEP, FIRST_EACH)),
                 (decays_role, (gl.constexpr(0), dt0, A_ptr, bias_ptr, head0, nums, known, unknown, stride_dt_t, dt_min,
-                               dt_max, tokens, ahead, skip, summed, chunks, SOFTPLUS, CLAMP, PAIR, SPLIT, LOG_A, HEADS,
-                               dtype, begun, dts, asked)),
+                               dt_max, tokens, ahead, skip, summed, chunks, pieces, block, part_of_group,
+                               blocks_per_group, slices_per_group, stride_dt_h, SOFTPLUS, CLAMP, PAIR, SPLIT, LOG_A,
+                               SLICES, HEADS, dtype, begun, facts, dts, asked)),
                 (decays_role, (gl.constexpr(1), dt1, A_ptr, bias_ptr, head1, nums, known, unknown, stride_dt_t, dt_min,
-                               dt_max, tokens, ahead, skip, summed, chunks, SOFTPLUS, CLAMP, PAIR, SPLIT, LOG_A, HEADS,
-                               dtype, begun, dts, asked)),
+                               dt_max, tokens, ahead, skip, summed, chunks, pieces, block, part_of_group,
+                               blocks_per_group, slices_per_group, stride_dt_h, SOFTPLUS, CLAMP, PAIR, SPLIT, LOG_A,
+                               SLICES, HEADS, dtype, begun, facts, dts, asked)),
                 (store_role, (begun, y_desc, ys, walked, unready, walking, b, first, v, second, skip, summed, chunks,
+                              pieces, block, part_of_group, blocks_per_group, slices_per_group,
                               PAIR, SPLIT, STAGES)),
             ],
             [4, 4, 1, 1, 1, 1],
@@ -253,19 +278,24 @@ def _kernel(
             [
                 (scores_role, (begun, unready, first_dt0, first_dt1, dts, asked, arena, nums, G0, G1, own0, own1, D_ptr,
                                D0, D1, came, summed_up, full, known, unknown, scored, walked, walking, going, skip,
-                               summed, chunks, N, PAIR, RELAXED, SPLIT, STAGES, DEEP, HEADS, PER_CHANNEL)),
-                (walk_role, (gl.constexpr(0), begun, D_ptr, D0, init_ptr, final_ptr, handed_ptr, passed, flag, arena,
+                               summed, chunks, pieces, block, part_of_group, blocks_per_group, slices_per_group,
+                               stride_D_h, N, PAIR, SLICES, RELAXED, SPLIT, STAGES, DEEP, HEADS, PER_CHANNEL)),
+                (walk_role, (gl.constexpr(0), begun, D_ptr, init_ptr, final_ptr, handed_ptr, passed, flag, arena,
                              nums, G0, own0, ys, came, summed_up, full, known, unknown, scored, walked, unready,
-                             walking, going, v >= 0, state_row, handed_row, parts, stride_D_p, seg, segments, ahead,
-                             skip, summed, chunks, N, PAIR, GATED, STORE_FINAL, SPLIT, STAGES, DEEP, Y_SCALE, HEADS,
-                             PER_CHANNEL)),
+                             walking, going, v, second * 0 + 1, state_row, handed_row, parts, stride_D_h, stride_D_p,
+                             seg, segments, ahead, skip, summed, chunks, pieces, block, part_of_group, blocks_per_group,
+                             slices_per_group, N, PAIR, SLICES, GATED, STORE_FINAL, SPLIT, STAGES, DEEP, Y_SCALE,
+                             HEADS, PER_CHANNEL)),
                 (decays_role, (gl.constexpr(0), dt0, A_ptr, bias_ptr, head0, nums, known, unknown, stride_dt_t, dt_min,
-                               dt_max, tokens, ahead, skip, summed, chunks, SOFTPLUS, CLAMP, PAIR, SPLIT, LOG_A, HEADS,
-                               dtype, begun, dts, asked)),
+                               dt_max, tokens, ahead, skip, summed, chunks, pieces, block, part_of_group,
+                               blocks_per_group, slices_per_group, stride_dt_h, SOFTPLUS, CLAMP, PAIR, SPLIT, LOG_A,
+                               SLICES, HEADS, dtype, begun, facts, dts, asked)),
                 (load_role, (begun, x_desc, B_desc, C_desc, z_desc, x_at, stride_x_t, tokens, second, arena, came,
-                             summed_up, full, walked, walking, going, b, first, v, g, ahead, skip, summed, chunks, N,
+                             summed_up, full, walked, walking, going, b, first, v, g, ahead, skip, summed, chunks,
+                             pieces, block, part_of_group, blocks_per_group, slices_per_group, N,
                              PAIR, GATED, SPLIT, STAGES, DEEP, FIRST_EACH)),
                 (store_role, (begun, y_desc, ys, walked, unready, walking, b, first, v, second, skip, summed, chunks,
+                              pieces, block, part_of_group, blocks_per_group, slices_per_group,
                               PAIR, SPLIT, STAGES)),
             ],
             [4, 4, 1, 1],
@@ -333,7 +363,16 @@ def ssd(
     chunks = -(-tokens // config.chunk)
     available = multiprocessors(x.device)
     planned = plan(
-        batch, groups, slices_per_group, chunks, config.segments, block_slices, available, wide=wide, leading=False
+        batch,
+        groups,
+        slices_per_group,
+        chunks,
+        config.segments,
+        block_slices,
+        available,
+        wide=wide,
+        gated=z is not None,
+        leading=not wide,
     )
     blocks_per_group, segments = planned.blocks_per_group, planned.segments
 
@@ -399,5 +438,8 @@ def ssd(
         stages = _stages(config, width, z is not None)
         per_channel = D is not None and D.ndim == 2
         constants = (width, head_dim // 64, config.block_slices, *form, stages, log_A, y_scale, per_channel)
-        _launch(grid, (*tensors, x), (*numbers, *scalars, x.stride(0), x.stride(1)), constants, num_warps=config.warps)
+        blocks = groups * blocks_per_group
+        grid = (blocks * segments + planned.leaders, batch, 1)
+        numbers = (*numbers, 1 / blocks, planned.lead, planned.pieces, *scalars, x.stride(0), x.stride(1))
+        _launch(grid, (*tensors, x), numbers, constants, num_warps=config.warps)
     return y, final if return_final_states else new(0, dtype=torch.float32)

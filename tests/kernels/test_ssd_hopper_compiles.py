@@ -52,7 +52,7 @@ for place, parameter in enumerate(kernel.params):
     elif name.endswith("_ptr"):
         signature[name] = "*i32" if name == "sync_ptr" else "*fp32" if name in floats else "*" + dtype
     else:
-        signature[name] = "fp32" if name in ("dt_min", "dt_max", "part_of_group", "share") else "i32"
+        signature[name] = "fp32" if name in ("dt_min", "dt_max", "part_of_group", "part_of_segment", "share") else "i32"
 source = GluonASTSource(kernel, signature, constexprs)
 compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
 assert "wgmma.mma_async" in compiled.asm["ptx"] and compiled.asm["cubin"]

@@ -18,8 +18,7 @@ SHAPES = [
 ]  # batch, groups, their slices
 
 
-@pytest.mark.parametrize("wide", [False, True])
-@pytest.mark.parametrize("block_slices", [1, 2])
+@pytest.mark.parametrize("block_slices, wide", [(1, False), (2, False), (2, True)])
 @pytest.mark.parametrize("batch, groups, slices", SHAPES)
 def test_every_chunk_is_walked_once(batch: int, groups: int, slices: int, block_slices: int, wide: bool) -> None:
     for chunks in (1, 5, 16, 17, 33, 64, 67, 100, 256, 1024, 2049):
@@ -27,14 +26,11 @@ def test_every_chunk_is_walked_once(batch: int, groups: int, slices: int, block_
             found = plan(batch, groups, slices, chunks, segments, block_slices, H200, wide=wide)
             last = chunks - found.lead - found.more - (found.segments - 1) * found.per_segment
             assert 1 <= last <= found.per_segment + (found.more if found.segments == 1 else 0), found
-            begins = [_before(found, segment) for segment in range(found.segments)]
-            places = [found.lead + i * found.per_segment - before for i, before in enumerate(begins)]
-            assert min(begins) >= 0 and places[0] == 0 and places == sorted(places), found
-
-
-def _before(found: Plan, segment: int) -> int:
-    """Chunks before its segment that a block's first pass begins, counted one by one."""
-    return int(segment * found.share * 4 + found.lead + 0.5)
+            step = 1 if block_slices == 1 else 4
+            ahead = [0, *(found.ahead(segment, step) for segment in range(1, found.segments))]
+            assert max(ahead[1:], default=0) <= found.per_segment, "a first pass is to reach its segment"
+            if found.leaders:
+                assert found.ahead(0, step) == found.lead
 
 
 @pytest.mark.parametrize("batch, groups, slices", SHAPES)

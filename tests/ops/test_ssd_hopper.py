@@ -100,6 +100,39 @@ def test_blocks_share_the_first_pass(segments: int, tokens: int, heads: int, hea
         assert_golden(result, plain, oracle)
 
 
+@pytest.mark.parametrize("gated", [False, True], ids=["", "gate"])
+@pytest.mark.parametrize(
+    ("batch", "heads", "head_dim", "groups", "slices", "segments", "available"),
+    [(1, 5, 64, 1, 2, 3, 10), (2, 10, 64, 2, 2, 2, 28), (1, 6, 128, 1, 2, 3, 20), (2, 4, 128, 2, 2, 2, 19),
+     (1, 12, 64, 1, 1, 3, 40)],
+    ids=["a slice over", "in two groups", "two slices of a head", "heads in two groups", "one slice"],
+)  # fmt: skip
+def test_leaders_walk_the_first_chunks(
+    batch: int, heads: int, head_dim: int, groups: int, slices: int, segments: int, available: int, gated: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from fastmamba.kernels import _ssd_hopper_plan, ssd_hopper
+
+    monkeypatch.setattr(ssd_hopper, "multiprocessors", lambda device: available)  # so that there are more slices each
+    tokens = 4333
+    planned = _ssd_hopper_plan.plan(batch, groups, heads * head_dim // 64 // groups, 68, segments, slices, available)
+    assert planned.leaders and planned.pieces > 2
+    case = aligned(
+        ssd_case(
+            batch, tokens, heads, head_dim, groups, 128, dtype=torch.bfloat16, device="cuda", initial=True, gate=gated,
+            per_channel_d=gated,
+        )
+    )  # fmt: skip
+    case.A = case.A / 100  # so that the state before a segment matters
+    config = ssd_config(case.x.device, case.x.dtype, batch, tokens, heads, head_dim, 128, None, groups=groups)
+    config = dataclasses.replace(config, segments=segments, block_slices=slices, stages=3 if slices == 2 else 4)
+    with override(config):
+        results = [ssd(*case.arguments(), **case.keywords(), backend="triton") for _ in range(3)]
+    assert all(torch.equal(mine, its) for other in results[1:] for mine, its in zip(results[0], other, strict=True))
+    for result, plain, oracle in zip(results[0], case.plain(), case.oracle(), strict=True):
+        assert_golden(result, plain, oracle)
+
+
 @pytest.mark.parametrize(
     ("heads", "head_dim", "state", "slices", "segments"),
     [(3, 64, 128, 2, 20), (3, 64, 64, 1, 17), (2, 128, 128, 2, 18), (3, 64, 256, 2, 17)],
