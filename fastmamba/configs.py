@@ -202,7 +202,7 @@ def _choose(
         slices = heads * head_dim // _HOPPER_CHUNK
         chunks = -(-tokens // _HOPPER_CHUNK)
         segments, block_slices = _hopper_split(
-            batch * groups, slices // groups, chunks, _limits(device).multiprocessors, state
+            batch, groups, slices // groups, chunks, _limits(device).multiprocessors, state
         )
         return SsdConfig(
             variant="hopper",
@@ -245,18 +245,23 @@ class _Blocks:
     """How many those are at most (the kernels' SPAN); one in so many waits for the one before it."""
     handover: float = 1.75
     """That wait."""
+    busy: float = 1.02
+    """How much slower blocks are while no multiprocessor is idle: the clock falls."""
 
-    def cost(self, rows: int, slices: int, chunks: int, segments: int, multiprocessors: int) -> float:
-        """Of `rows` groups of sequences, each of so many slices and chunks."""
-        walk = -(-chunks // segments)
+    def cost(self, rows: int, slices: int, chunks: int, segments: int, multiprocessors: int, lead: int = 0) -> float:
+        """Of `rows` groups of sequences, each of so many slices and chunks, the first `lead` of which others walk."""
+        walk = -(-(chunks - lead) // segments)
         if segments > 1:
             # By all blocks, where a segment has four chunks (the kernels' GROUP) for each. Those of one slice share
             # from nine chunks on, which would change next to no choice.
-            shared = walk >= 4 * segments
+            shared = lead > 0 or walk >= 4 * segments
             walk *= 1 + self.summing * ((segments - 1) / segments if shared else 1)
+            walk += self.summing * lead / segments
         waves = -(-rows * -(-slices // self.slices) * segments // multiprocessors)
         looked = self.look * min(segments - 1, self.span) + self.handover * ((segments - 1) // self.span)
         handed = 0.0 if segments == 1 else self.split + looked
+        if lead:
+            walk *= self.busy
         return waves * (walk * self.chunk + self.start) + handed
 
 
@@ -268,16 +273,25 @@ _WIDE_STATE = (_Blocks(slices=2, chunk=1.0, start=10.0),)
 fastest, or one 2% slower."""
 
 
-def _hopper_split(rows: int, slices: int, chunks: int, multiprocessors: int, state: int) -> tuple[int, int]:
-    """Into how many segments to split a sequence, and how many slices to give a block.
+def _hopper_split(
+    batch: int, groups: int, slices: int, chunks: int, multiprocessors: int, state: int
+) -> tuple[int, int]:
+    """Into how many segments to split a sequence, and how many slices, of so many in a group, to give a block."""
+    from fastmamba.kernels._ssd_hopper_plan import plan  # not every Triton has what it needs
 
-    `rows` are the groups of all sequences.
-    """
+    def cost(blocks: _Blocks, segments: int) -> float:
+        lead = 0
+        idle = multiprocessors - batch * groups * -(-slices // blocks.slices) * segments
+        # One slice a block, or short segments, gained no more by leaders than the costs here are wrong by.
+        if state <= 128 and blocks.slices == 2 and segments > 1 and chunks >= 32 * segments and idle > 0:
+            lead = plan(batch, groups, slices, chunks, segments, blocks.slices, multiprocessors).lead
+        return blocks.cost(batch * groups, slices, chunks, segments, multiprocessors, lead)
+
     most = max(1, min(chunks // 4, 64))
     choices = (
         (blocks, segments) for blocks in (_NARROW if state <= 128 else _WIDE_STATE) for segments in range(1, most + 1)
     )
-    blocks, segments = min(choices, key=lambda choice: choice[0].cost(rows, slices, chunks, choice[1], multiprocessors))
+    blocks, segments = min(choices, key=lambda choice: cost(*choice))
     return segments, blocks.slices
 
 

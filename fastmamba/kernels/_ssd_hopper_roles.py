@@ -265,6 +265,77 @@ def _beside(head: gl.constexpr, xT, owns, D, nums, group, c, mma: gl.constexpr, 
 
 
 @gluon.jit
+def _walk_chunks(
+    k: gl.constexpr, state, pairs, group, turn, stage, phase, place, stored, buffer, lap,
+    chunks, to_come, D, arena, nums, G, owns, ys, full, known, scored, walked, unready,
+    N: gl.constexpr, PAIR: gl.constexpr, GATED: gl.constexpr, STAGES: gl.constexpr, Y_SCALE: gl.constexpr,
+    HEADS: gl.constexpr, PER_CHANNEL: gl.constexpr,
+):  # fmt: skip
+    """The second pass over so many chunks of walker k's slice, of `to_come` in all, from one state to the next."""
+    head: gl.constexpr = k if HEADS == 2 else 0
+    dtype: gl.constexpr = arena.dtype
+    states = of_state(arena, N)
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    wide: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
+    narrow: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    narrow_state: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
+    EACH: gl.constexpr = PAIR * (2 if GATED else 1)  # tiles of x and z from one stage to the one before
+    AT: gl.constexpr = arena.shape[0] - EACH + k
+    for c in range(chunks):
+        # With nothing, which ptxas does not know: it would see x written that a product under way is to read next.
+        xT = _unpacked(pairs ^ (stage >> 16), dtype, narrow)
+        # Here, not while the last chunk's product runs: ptxas would serialise the products.
+        weighted = _weigh(head, xT, nums, group, c)
+        total = _numbers(nums, head, group, c, _TOTAL).load(gl.SliceLayout(1, wide))
+        zeros = gl.zeros((Q, Q), gl.float32, mma)
+        before = gl.convert_layout(state.to(dtype), narrow_state)
+        state *= total[:, None]
+        C = states.index(2 * stage + 1).reshape([Q, N])
+        # The state needs nothing of y: both products are under way before either is waited for.
+        y = warpgroup_mma(before, C.permute([1, 0]), zeros, use_acc=False, is_async=True)
+        sum = warpgroup_mma(weighted, states.index(2 * stage).reshape([Q, N]), state, is_async=True)
+        if PAIR == 1:  # with two there are not the registers to have this ready before
+            mbarrier.wait(scored.index(buffer), lap)
+            since, own = _beside(head, xT, owns.index(buffer), D, nums, group, c, mma, PER_CHANNEL)
+        y = warpgroup_mma_wait(1, [y])
+        if PAIR == 2:
+            mbarrier.wait(scored.index(buffer), lap)
+            since, own = _beside(head, xT, owns.index(buffer), D, nums, group, c, mma, PER_CHANNEL)
+        y = y * since + own
+        state = warpgroup_mma_wait(0, [sum])
+        y = warpgroup_mma(xT, G.index(buffer).permute([1, 0]), y, is_async=True)
+        # in its shadow: the next chunk's x comes
+        if c % GROUP == GROUP - 1:
+            group, turn = _advance(group, turn, 2)
+        used = stage
+        stage, phase = _advance(stage, phase, STAGES)
+        pairs = _packed(_fetch(AT, arena, full, stage, phase, c + 1 < to_come, -EACH, narrow))
+        mbarrier.wait(known.index(group), turn, pred=c + 1 < to_come)
+        if GATED:
+            z = arena.index(AT + PAIR - used * EACH).reshape([Q, Q]).permute([1, 0]).load(narrow)
+            gate = _silu(gl.convert_layout(_widen(z), mma))
+        y = warpgroup_mma_wait(0, [y])
+        if GATED:
+            y *= gate
+        mbarrier.wait(unready.index(place), stored ^ 1)
+        ys.index(place).reshape([Q, Q]).permute([1, 0]).store((y * Y_SCALE).to(dtype))
+        mbarrier.arrive(walked.index(used), count=1)
+        if PAIR == 1:
+            place, stored = _advance(place, stored, 2)
+        else:
+            stored ^= 1
+        buffer, lap = _advance(buffer, lap, 2)
+    return state, pairs, group, turn, stage, phase, place, stored, buffer, lap
+
+
+@gluon.jit
+def _of_channels(D_ptr, v, stride_D_h, stride_D_p, SLICES: gl.constexpr, mma: gl.constexpr):
+    """D of a slice's channels."""
+    rows = gl.arange(0, Q, gl.SliceLayout(1, mma))
+    return gl.load(D_ptr + v // SLICES * stride_D_h + (v % SLICES * Q + rows) * stride_D_p).to(gl.float32)
+
+
+@gluon.jit
 def walk_role(
     k: gl.constexpr,
     begun,
@@ -325,7 +396,6 @@ def walk_role(
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     wide: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
     narrow: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
-    narrow_state: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
 
     mbarrier.wait(begun, 0)
     p = gl.arange(0, Q, gl.SliceLayout(1, wide))
@@ -394,8 +464,7 @@ def walk_role(
         if there != 0:
             state = gl.load(init_ptr + state_row + at).to(gl.float32)
 
-    rows = gl.arange(0, Q, gl.SliceLayout(1, mma))
-    D = rows * 0.0
+    D = gl.zeros([Q], gl.float32, gl.SliceLayout(1, mma))
     buffer = 0
     lap = 0
     place = k
@@ -408,9 +477,9 @@ def walk_role(
     AT: gl.constexpr = arena.shape[0] - EACH + k
     pairs = _packed(_fetch(AT, arena, full, stage, phase, True, -EACH, narrow))
     mbarrier.wait(known.index(group), turn)
-    for piece in range(pieces if SPLIT else 1):
-        now = v
-        if SPLIT:
+    if SPLIT:
+        for piece in range(pieces):
+            now = v
             leads = seg == segments  # a leader knows the state before its first chunks
             # No branch: with one, ptxas would put the products of the loop below in an order that is slower.
             state = (state.to(gl.int32, bitcast=True) & gl.where(leads, 0, -1)).to(gl.float32, bitcast=True)
@@ -420,53 +489,20 @@ def walk_role(
             if init_ptr is not None:
                 row = init_ptr + state_row + (now - v).to(gl.int64) * (Q * N)
                 state += gl.load(row + at, mask=leads, other=0.0).to(gl.float32)
+            if PER_CHANNEL:
+                D = _of_channels(D_ptr, now, stride_D_h, stride_D_p, SLICES, mma)
+            to_come = (pieces - piece) * chunks
+            state, pairs, group, turn, stage, phase, place, stored, buffer, lap = _walk_chunks(
+                k, state, pairs, group, turn, stage, phase, place, stored, buffer, lap, chunks, to_come, D, arena, nums,
+                G, owns, ys, full, known, scored, walked, unready, N, PAIR, GATED, STAGES, Y_SCALE, HEADS, PER_CHANNEL,
+            )  # fmt: skip
+    else:  # no loop of one piece, with which ptxas orders the products otherwise, and slower
         if PER_CHANNEL:
-            D = gl.load(D_ptr + now // SLICES * stride_D_h + (now % SLICES * Q + rows) * stride_D_p).to(gl.float32)
-        to_come = (pieces - piece) * chunks if SPLIT else chunks  # with those of later pieces
-        for c in range(chunks):
-            # With nothing, which ptxas does not know: it would see x written that a product under way is to read next.
-            xT = _unpacked(pairs ^ (stage >> 16), dtype, narrow)
-            # Here, not while the last chunk's product runs: ptxas would serialise the products.
-            weighted = _weigh(head, xT, nums, group, c)
-            total = _numbers(nums, head, group, c, _TOTAL).load(gl.SliceLayout(1, wide))
-            zeros = gl.zeros((Q, Q), gl.float32, mma)
-            before = gl.convert_layout(state.to(dtype), narrow_state)
-            state *= total[:, None]
-            C = states.index(2 * stage + 1).reshape([Q, N])
-            # The state needs nothing of y: both products are under way before either is waited for.
-            y = warpgroup_mma(before, C.permute([1, 0]), zeros, use_acc=False, is_async=True)
-            sum = warpgroup_mma(weighted, states.index(2 * stage).reshape([Q, N]), state, is_async=True)
-            if PAIR == 1:  # with two there are not the registers to have this ready before
-                mbarrier.wait(scored.index(buffer), lap)
-                since, own = _beside(head, xT, owns.index(buffer), D, nums, group, c, mma, PER_CHANNEL)
-            y = warpgroup_mma_wait(1, [y])
-            if PAIR == 2:
-                mbarrier.wait(scored.index(buffer), lap)
-                since, own = _beside(head, xT, owns.index(buffer), D, nums, group, c, mma, PER_CHANNEL)
-            y = y * since + own
-            state = warpgroup_mma_wait(0, [sum])
-            y = warpgroup_mma(xT, G.index(buffer).permute([1, 0]), y, is_async=True)
-            # in its shadow: the next chunk's x comes
-            if c % GROUP == GROUP - 1:
-                group, turn = _advance(group, turn, 2)
-            used = stage
-            stage, phase = _advance(stage, phase, STAGES)
-            pairs = _packed(_fetch(AT, arena, full, stage, phase, c + 1 < to_come, -EACH, narrow))
-            mbarrier.wait(known.index(group), turn, pred=c + 1 < to_come)
-            if GATED:
-                z = arena.index(AT + PAIR - used * EACH).reshape([Q, Q]).permute([1, 0]).load(narrow)
-                gate = _silu(gl.convert_layout(_widen(z), mma))
-            y = warpgroup_mma_wait(0, [y])
-            if GATED:
-                y *= gate
-            mbarrier.wait(unready.index(place), stored ^ 1)
-            ys.index(place).reshape([Q, Q]).permute([1, 0]).store((y * Y_SCALE).to(dtype))
-            mbarrier.arrive(walked.index(used), count=1)
-            if PAIR == 1:
-                place, stored = _advance(place, stored, 2)
-            else:
-                stored ^= 1
-            buffer, lap = _advance(buffer, lap, 2)
+            D = _of_channels(D_ptr, v, stride_D_h, stride_D_p, SLICES, mma)
+        state, pairs, group, turn, stage, phase, place, stored, buffer, lap = _walk_chunks(
+            k, state, pairs, group, turn, stage, phase, place, stored, buffer, lap, chunks, chunks, D, arena, nums, G,
+            owns, ys, full, known, scored, walked, unready, N, PAIR, GATED, STAGES, Y_SCALE, HEADS, PER_CHANNEL,
+        )  # fmt: skip
     if STORE_FINAL:
         if there != 0:
             if seg + 1 == segments:

@@ -109,35 +109,32 @@ def _kernel(
     # Multiprocessors get blocks in this order, the first index fastest: who waits for an earlier segment's block waits
     # for one that has started. And no division of integers: all that a block loads waits for this.
     block = gl.program_id(0)
-    b = gl.program_id(1)
     total = (T + Q - 1) // Q
+    # Decays come for groups of chunks, and a segment begins one: of those before it, the first may lack some chunks.
+    STEP: gl.constexpr = 1 if PAIR == 1 else GROUP
     if SPLIT:
+        b = gl.program_id(1)
         blocks = groups * blocks_per_group
         seg = ((block.to(gl.float32) + 0.5) * part_of_segment).to(gl.int32)
         block -= seg * blocks
         leads = seg == segments
         block *= gl.where(leads, pieces, 1)
         pieces = gl.where(leads, gl.minimum(pieces, blocks - block), 1)
-        first_chunk = gl.where(leads, 0, lead + seg * chunks_per_segment)
-        last = seg + 1 == segments
-        chunks = gl.where(last, total - first_chunk, chunks_per_segment)  # the last one takes what is left
-        # Decays come for groups of chunks, a segment begins one: of those before it, the first may lack some chunks.
-        STEP: gl.constexpr = 1 if PAIR == 1 else GROUP
         begins = lead.to(gl.float32) / STEP
-        before = _ahead(seg, share, STEP, begins)
-        before = gl.where(leads, 0, before)
-        ahead = (before + GROUP - 1) // GROUP * GROUP
-        skip = ahead - before
-        summed = ahead + gl.where(last | leads, 0, chunks - _ahead(seg + 1, share, STEP, begins))
-        chunks = gl.where(leads, lead, chunks)
+        first_chunk = gl.where(leads, 0, lead + seg * chunks_per_segment)
     else:
-        chunks = total
-        seg = total * 0
-        first_chunk = total * 0
-        before = total * 0
-        ahead = total * 0
-        skip = total * 0
-        summed = total * 0
+        seg = gl.program_id(1)
+        b = gl.program_id(2)
+        leads = False
+        begins = 0.0
+        first_chunk = seg * chunks_per_segment
+    last = seg + 1 == segments
+    chunks = gl.where(last, total - first_chunk, chunks_per_segment)  # the last one takes what is left
+    before = gl.where(leads, 0, _ahead(seg, share, STEP, begins))
+    ahead = (before + GROUP - 1) // GROUP * GROUP
+    skip = ahead - before
+    summed = ahead + gl.where(last | leads, 0, chunks - _ahead(seg + 1, share, STEP, begins))
+    chunks = gl.where(leads, lead, chunks)
     g, v, second = slices_of(block, part_of_group, blocks_per_group, slices_per_group, PAIR)
     first = first_chunk * Q
     tokens = T - first
@@ -439,7 +436,7 @@ def ssd(
         per_channel = D is not None and D.ndim == 2
         constants = (width, head_dim // 64, config.block_slices, *form, stages, log_A, y_scale, per_channel)
         blocks = groups * blocks_per_group
-        grid = (blocks * segments + planned.leaders, batch, 1)
+        grid = (blocks * segments + planned.leaders, batch, 1) if segments > 1 else (blocks, 1, batch)
         numbers = (*numbers, 1 / blocks, planned.lead, planned.pieces, *scalars, x.stride(0), x.stride(1))
         _launch(grid, (*tensors, x), numbers, constants, num_warps=config.warps)
     return y, final if return_final_states else new(0, dtype=torch.float32)
