@@ -13,12 +13,27 @@ from fastmamba.kernels._softplus import softplus_by_series
 LOG2E = tl.constexpr(1.4426950408889634)
 
 # Rows of scratch memory that the prologue leaves, each [b, h, slice, t] in float32.
-CUM = tl.constexpr(0)  # log2 of the decay since the chunk began
-ENTRY = tl.constexpr(1)  # the same, less log2 of dt: 2 ** (CUM[t] - ENTRY[s]) is what s contributes at t; or dt itself
+ENTRY = tl.constexpr(0)  # CUM less log2 of dt: 2 ** (CUM[t] - ENTRY[s]) is what s contributes at t; or dt itself
+CUM = tl.constexpr(1)  # log2 of the decay since the chunk began
 LEFT = tl.constexpr(2)  # dt times the decay until the chunk ends
 ITSELF = tl.constexpr(3)  # what a token's x is multiplied by in its own y: dt times C . B, and D (half precision)
 LOW = tl.constexpr(3)  # what rounding CUM lost (float32)
 SUMMED = tl.constexpr(4)  # dt times the decay until the segment ends
+
+
+@triton.jit
+def four_rows(numbers, row: tl.constexpr, at, Q: tl.constexpr):
+    """Rows `row` to `row` + 3 of a chunk's tokens, each [Q], by a tensor descriptor."""
+    even, odd = tl.split(tl.reshape(tl.trans(numbers.load([row, at])), Q, 2, 2))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def two_rows(numbers, row: tl.constexpr, at, Q: tl.constexpr):
+    """Rows `row` and `row` + 1 of a chunk's tokens, each [Q], by a tensor descriptor."""
+    return tl.split(tl.trans(numbers.load([row, at])))
 
 
 @triton.jit
@@ -52,6 +67,13 @@ def power_of_2(v, COMPENSATED: tl.constexpr):
 
 
 @triton.jit
+def _dt(dt_ptr, t, chunk, chunks, tokens, stride_dt_t):
+    """dt of a segment's tokens, as it is given; zero before its first chunk and past its end."""
+    inside = (chunk >= 0) & (chunk < chunks) & (t < tokens)
+    return tl.load(dt_ptr + t.to(tl.int64) * stride_dt_t, mask=inside, other=0.0)
+
+
+@triton.jit
 def discretize(
     dt_ptr,  # at [b, first token of the segment, h]
     nums_ptr,  # at [b, h, slice, first token of the segment]
@@ -72,7 +94,7 @@ def discretize(
     COMPENSATED: tl.constexpr,
     STEPS: tl.constexpr,
     SPLIT: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    ENGINE: tl.constexpr,
     Q: tl.constexpr,
     R: tl.constexpr,
 ):
@@ -89,12 +111,18 @@ def discretize(
     rounds = (chunks + R - 1) // R
     after = tl.cast(0.0, wide)  # log2 of the decay from a round's last token to the segment's
     rate = tl.cast(A, wide) * LOG2E
+    # What is loaded is used a round later: the memory's latency passes beside arithmetic.
+    chunk = (rounds - 1) * R + row[None, :]
+    coming = _dt(dt_ptr, chunk * Q + col[:, None], chunk, chunks, tokens, stride_dt_t)
+    own = tl.zeros([Q, R], tl.float32)
+    own_dt = tl.full([Q, R], 1.0, tl.float32)
     for i in range(rounds):
         chunk = (rounds - 1 - i) * R + row[None, :]
         t = chunk * Q + col[:, None]  # [Q, R]
         there = chunk < chunks
         inside = there & (t < tokens)
-        dt = tl.load(dt_ptr + t.to(tl.int64) * stride_dt_t, mask=inside, other=0.0).to(tl.float32)
+        dt = coming.to(tl.float32)
+        coming = _dt(dt_ptr, t - R * Q, chunk - R, chunks, tokens, stride_dt_t)
         if SOFTPLUS and COMPENSATED:
             dt = dt.to(tl.float64) + bias
             dt = (tl.maximum(dt, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(dt)))).to(tl.float32)
@@ -109,7 +137,7 @@ def discretize(
         cum = exact.to(tl.float32)
         last = tl.sum(dt.to(wide) * rate, axis=0)  # [R]
         left = tl.expand_dims(last, 0) - exact  # log2 of the decay until the chunk ends
-        tl.store(nums_ptr + t, cum, mask=there)
+        tl.store(nums_ptr + CUM * lead + t, cum, mask=there)
         if STEPS:
             tl.store(nums_ptr + ENTRY * lead + t, dt, mask=there)
             scale = dt
@@ -125,11 +153,19 @@ def discretize(
             tl.store(nums_ptr + SUMMED * lead + t, summed, mask=there)
             after += tl.sum(last, axis=0)
         if own_ptr is not None:
-            if OVERLAP and not INTERPRETED:
+            if ENGINE and not INTERPRETED:
                 gdc_wait()  # the launch before this one may still be writing them
+            tl.store(nums_ptr + ITSELF * lead + t + Q * R, own * own_dt + skip, mask=(chunk + R < chunks) & (i > 0))
             own = tl.load(own_ptr + chunk.to(tl.int64) * own_chunk + col[:, None] * own_token, mask=inside, other=0.0)
-            tl.store(nums_ptr + ITSELF * lead + t, own * dt + skip, mask=there)
+            own_dt = dt
         if COMPENSATED:
             tl.store(nums_ptr + LOW * lead + t, (exact - cum.to(tl.float64)).to(tl.float32), mask=there)
+    if own_ptr is not None:
+        first = row[None, :]
+        tl.store(nums_ptr + ITSELF * lead + first * Q + col[:, None], own * own_dt + skip, mask=first < chunks)
+    if ENGINE and not INTERPRETED:  # the copy engine reads it back, too
+        tl.inline_asm_elementwise(
+            "fence.proxy.async.global; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
     tl.debug_barrier()  # the block's other threads read it back
     return after

@@ -7,7 +7,8 @@ the segments after, waits until the ones before have done the same, and only the
 
 Everything is transposed: channels are the rows, so that the state and x are the left operands of the products, which
 tensor cores can take from registers. x, B, C and y go through tensor descriptors where the GPU has a copy engine for
-them and the tensors are laid out as it needs.
+them and the tensors are laid out as it needs; in half precision so do C B^T and the decays of a chunk, four rows of
+them as one tile: a row by itself would be copied in pieces of four bytes, once in each layout that it is used in.
 
 In half precision the launch before works out C . B of each token, of which a token's own contribution to y is made:
 that is the largest of all, and is added in float32. Blocks that would wait for C B^T of a whole chunk get it from there
@@ -29,7 +30,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastmamba.configs import MOST_REGISTERS, SsdConfig, copy_engine
-from fastmamba.kernels._decays import CUM, ENTRY, ITSELF, LEFT, LOW, SUMMED, discretize, power_of_2
+from fastmamba.kernels._decays import CUM, ENTRY, ITSELF, LEFT, LOW, SUMMED, discretize, four_rows, power_of_2, two_rows
 from fastmamba.kernels._dot import dot, finished
 from fastmamba.kernels._exp2 import exp2
 from fastmamba.kernels._launch import Launcher, unit_stride
@@ -100,10 +101,13 @@ def _ssd_kernel(
     y,
     x_sum,  # as x and B, in tiles of QS tokens
     B_sum,
+    number_sum,  # nums, in tiles of a row of QS tokens; or None
+    early_numbers,  # of two rows of Q tokens
+    numbers,  # of four rows
+    scores,  # C B^T, in tiles of Q x Q, or None
     A_ptr,
     D_ptr,
     z_ptr,
-    scores_ptr,
     own_ptr,
     bias_ptr,
     init_ptr,
@@ -162,9 +166,11 @@ def _ssd_kernel(
     Y_SCALE: tl.constexpr,
     ENGINE: tl.constexpr,
     RUN_ON: tl.constexpr,
+    TWICE: tl.constexpr,
 ):
     dtype: tl.constexpr = x.dtype if DESCRIBED else x.dtype.element_ty
     COMPENSATED: tl.constexpr = dtype == tl.float32
+    NUMBERED: tl.constexpr = tl.constexpr(DESCRIBED and not COMPENSATED)  # the numbers come by the copy engine as well
     slices: tl.constexpr = (P + BP - 1) // BP
 
     # -- which work: slices of P fastest, then heads (they share B and C in the cache), then segments, then the batch
@@ -208,7 +214,8 @@ def _ssd_kernel(
 
     # -- dt and decays of the whole segment, outside the main loops. Slices of P would write the same: each has its own.
     walk = (tl.cast(b, tl.int64) * H + h) * slices + part
-    nums_ptr += (walk * segments + seg) * chunks_per_segment * Q
+    number = (walk * segments + seg) * chunks_per_segment * Q
+    nums_ptr += number
     lead = tl.cast(lead, tl.int64)
     place = tl.cast(b * G + g, tl.int64) * ((T + Q - 1) // Q) + seg * chunks_per_segment  # among all groups' chunks
     if own_ptr is not None:
@@ -265,7 +272,10 @@ def _ssd_kernel(
             own = tl.zeros((BP, BN), dtype=tl.float32)
             for i in tl.range(0, sum_steps, num_stages=STEP_STAGES):
                 t = first + i * QS
-                weight = tl.load(nums_ptr + SUMMED * lead + i * QS + tl.arange(0, QS))
+                if NUMBERED:
+                    weight = number_sum.load([SUMMED, tl.cast(number + i * QS, tl.int32)]).reshape(QS)
+                else:
+                    weight = tl.load(nums_ptr + SUMMED * lead + i * QS + tl.arange(0, QS))
                 xT = tl.trans(_tile(x_sum, b, t, x_column, stride_x_b, stride_x_t, T, width_x, QS, BP, DESCRIBED))
                 Bc = _tile(B_sum, b, t, B_column, stride_B_b, stride_B_t, T, N, QS, BN, DESCRIBED)  # [QS, N]
                 own = finished(own + dot(_weigh(xT, weight), Bc, PRECISION), ENGINE)
@@ -307,20 +317,25 @@ def _ssd_kernel(
             right = tl.load(init_ptr + state_at + WN, mask=has_right, other=0.0).to(tl.float32)
 
     # -- the output
-    if scores_ptr is not None:
-        scores_at = scores_ptr + place * (Q * Q) + q[:, None] * Q + q[None, :]  # [s, t]
     if D_PER_CHANNEL:
         skip = tl.load(D_ptr + h * P + p, mask=has_p, other=0.0).to(tl.float32)[:, None]
+    last_ptr = nums_ptr + CUM * lead + Q - 1
+    coming = tl.load(last_ptr)  # a chunk ahead, by hand: Triton would copy it to shared memory, which costs more
     for c in tl.range(0, chunks, num_stages=STAGES):
         t = first + c * Q
         at = nums_ptr + c * Q
-        cum = tl.load(at + CUM * lead + q)
-        entry = tl.load(at + ENTRY * lead + q)
-        weight = tl.load(at + LEFT * lead + q)
-        last = tl.load(at + CUM * lead + Q - 1)
+        last = coming
+        coming = tl.load(last_ptr + (c + 1) * Q)  # past the last one is the next row, not looked at
         low = 0.0
         last_low = 0.0
         low_since = 0.0
+        if NUMBERED and TWICE:
+            entry, cum = two_rows(early_numbers, ENTRY, tl.cast(number + c * Q, tl.int32), Q)
+        elif NUMBERED:
+            entry, cum, weight, own = four_rows(numbers, ENTRY, tl.cast(number + c * Q, tl.int32), Q)
+        else:
+            entry = tl.load(at + ENTRY * lead + q)
+            cum = tl.load(at + CUM * lead + q)
         if COMPENSATED:
             low = tl.load(at + LOW * lead + q)
             last_low = tl.load(at + LOW * lead + Q - 1)
@@ -338,34 +353,47 @@ def _ssd_kernel(
             decayed = tl.where(causal, decayed, 0.0)
         else:
             decayed = tl.exp2(tl.where(causal, cum[None, :] - entry[:, None], float("-inf")))
-        if scores_ptr is not None:
-            scores = tl.load(scores_at + c * (Q * Q))
-        else:
-            scores = dot(Bc, CT, PRECISION)
+        if scores is None:
+            pairs = dot(Bc, CT, PRECISION)
             if PARTS == 2:
-                scores = _plus(scores, dot(B_right, CT_right, PRECISION))
+                pairs = _plus(pairs, dot(B_right, CT_right, PRECISION))
+        elif DESCRIBED:
+            pairs = scores.load([tl.cast((place + c) * Q, tl.int32), 0])
+        else:
+            pairs = tl.load(scores + (place + c) * (Q * Q) + q[:, None] * Q + q[None, :])
         if RELAXED:
-            scores = scores.to(dtype).to(tl.float32)
+            pairs = pairs.to(dtype).to(tl.float32)
             decayed = decayed.to(dtype).to(tl.float32)
-        scores = (scores * decayed).to(dtype)
-        since = tl.broadcast_to(exp2(cum, low, COMPENSATED)[None, :], BP, Q)
+        pairs = (pairs * decayed).to(dtype)  # [s, t]
         if RUN_ON:
             # A product that does not need the state comes first: until then the state's of the chunk before runs on.
             xT = tl.trans(_tile(x, b, t, x_column, stride_x_b, stride_x_t, T, width_x, Q, BP, DESCRIBED))  # [P, Q]
-            yT = dot(xT, scores, PRECISION)
-            before = dot(state.to(dtype), CT, PRECISION)  # [P, Q], what came before the chunk
+            within = dot(xT, pairs, PRECISION)
+            fall = exp2(last, last_low, COMPENSATED)
+            yT = dot(state.to(dtype), CT, PRECISION)  # [P, Q], what came before the chunk
+            state *= fall  # beside the product
             if PARTS == 2:
-                before += dot(right.to(dtype), CT_right, PRECISION)
-            yT = tl.fma(before, since, yT)  # by + and * Triton would make one sum of them, the other way round
+                yT += dot(right.to(dtype), CT_right, PRECISION)
+                right *= fall
         else:
             yT = dot(state.to(dtype), CT, PRECISION)
             if PARTS == 2:
                 yT = _plus(yT, dot(right.to(dtype), CT_right, PRECISION))
+        if NUMBERED and TWICE:  # only now in registers
+            cum, weight, own, _ = four_rows(numbers, CUM, tl.cast(number + c * Q, tl.int32), Q)
+        elif not NUMBERED:
+            weight = tl.load(at + LEFT * lead + q)
+        since = tl.broadcast_to(exp2(cum, low, COMPENSATED)[None, :], BP, Q)
+        if RUN_ON:
+            yT = tl.fma(yT, since, within)  # by + and * Triton would make one sum of them, the other way round
+        else:
             yT *= since
             xT = tl.trans(_tile(x, b, t, x_column, stride_x_b, stride_x_t, T, width_x, Q, BP, DESCRIBED))
-            yT += dot(xT, scores, PRECISION)
+            yT += dot(xT, pairs, PRECISION)
         if not COMPENSATED:
-            own = tl.load(at + ITSELF * lead + q)[None, :]
+            if not NUMBERED:
+                own = tl.load(at + ITSELF * lead + q)
+            own = own[None, :]
             yT += xT.to(tl.float32) * (own + skip if D_PER_CHANNEL else own)
         elif D_PER_HEAD or D_PER_CHANNEL:
             yT += xT.to(tl.float32) * skip
@@ -374,11 +402,16 @@ def _ssd_kernel(
             has_z = (q < T - t)[:, None] & has_p[None, :]
             z = tl.trans(tl.load(z_at + q[:, None] * stride_z_t + p[None, :], mask=has_z, other=0.0).to(tl.float32))
             yT *= z * tl.sigmoid(z)
-        fall = exp2(last, last_low, COMPENSATED)
         weighed = _weigh(xT, weight)
-        state = dot(weighed, Bc, PRECISION) + state * fall
-        if PARTS == 2:
-            right = dot(weighed, B_right, PRECISION) + right * fall
+        if RUN_ON:
+            state += dot(weighed, Bc, PRECISION)
+            if PARTS == 2:
+                right += dot(weighed, B_right, PRECISION)
+        else:
+            fall = exp2(last, last_low, COMPENSATED)
+            state = dot(weighed, Bc, PRECISION) + state * fall
+            if PARTS == 2:
+                right = dot(weighed, B_right, PRECISION) + right * fall
         out = tl.trans((yT * Y_SCALE).to(dtype))
         if DESCRIBED:
             y.store([b, t, h * P + part * BP], out.reshape(1, Q, BP))
@@ -411,18 +444,31 @@ def _describable(tensor: Tensor, block: int) -> bool:
     )
 
 
-def _descriptor(tensor: Tensor, chunk: int, block: int) -> TensorDescriptor:
-    """Of (B, T, K, W) seen as (B, T, K * W), in blocks of a chunk's tokens.
-
-    The checks of TensorDescriptor's own constructor cost more than the rest of a launch; `_describable` has made them.
-    """
+def _described(tensor: Tensor, shape: list[int], strides: list[int], block: list[int]) -> TensorDescriptor:
+    """The checks of TensorDescriptor's own constructor cost more than the rest of a launch: callers have made them."""
     descriptor = object.__new__(TensorDescriptor)
     descriptor.base = tensor
-    descriptor.shape = [tensor.shape[0], tensor.shape[1], tensor.shape[2] * tensor.shape[3]]
-    descriptor.strides = [tensor.stride(0), tensor.stride(1), 1]
-    descriptor.block_shape = [1, chunk, block]
+    descriptor.shape = shape
+    descriptor.strides = strides
+    descriptor.block_shape = block
     descriptor.padding = "zero"
     return descriptor
+
+
+def _descriptor(tensor: Tensor, chunk: int, block: int) -> TensorDescriptor:
+    """Of (B, T, K, W) seen as (B, T, K * W), in blocks of a chunk's tokens."""
+    shape = [tensor.shape[0], tensor.shape[1], tensor.shape[2] * tensor.shape[3]]
+    return _described(tensor, shape, [tensor.stride(0), tensor.stride(1), 1], [1, chunk, block])
+
+
+def _rows(tensor: Tensor, width: int, rows: int, columns: int) -> TensorDescriptor:
+    """Of a contiguous tensor seen as rows of `width`, in blocks of rows and columns."""
+    return _described(tensor, [tensor.numel() // width, width], [width, 1], [rows, columns])
+
+
+def _crowded(config: SsdConfig) -> bool:
+    """Whether a thread holds so much of the state that little room is left."""
+    return config.block_p * config.block_n >= 4096 * config.warps
 
 
 def _parts(config: SsdConfig, full: bool) -> int:
@@ -431,14 +477,19 @@ def _parts(config: SsdConfig, full: bool) -> int:
     Two, where a thread holds so much of it that the whole one as an operand would leave no room, unless eight warps
     meet for each tile more. In float32 as well, so that sums are shorter.
     """
-    crowded = config.warps <= 4 and config.block_p * config.block_n >= 4096 * config.warps
-    return 2 if config.block_n > 128 and (full or crowded) else 1
+    return 2 if config.block_n > 128 and (full or (config.warps <= 4 and _crowded(config))) else 1
+
+
+def _twice(config: SsdConfig, parts: int) -> bool:
+    """Whether a chunk's numbers are read in two tiles, so that those needed last take no registers before."""
+    return parts == 1 and _crowded(config)
 
 
 def _runs_on(config: SsdConfig, parts: int) -> bool:
     """Whether there are registers to let the state's product run on into the next chunk."""
     few = config.block_p * config.block_n <= 2048 * config.warps and config.registers == MOST_REGISTERS
-    return config.scores and (few or parts == 2)
+    small = config.block_n == 256 and config.chunk <= 32  # what else there is of a chunk, for eight warps
+    return config.scores and (few or parts == 2 or small)
 
 
 def _first_pass(config: SsdConfig, size: int) -> tuple[int, int]:
@@ -526,14 +577,25 @@ def ssd(
         own_chunk, own_token = chunk * chunk, chunk + 1  # the diagonals
     elif not compensated:
         own = own_scores(B, C, chunks * chunk, config.block_n, overlap=engine)
+    twice = _twice(config, parts)
+    number_sum = early_numbers = numbers = None
+    scores = apart
+    if described and not compensated:
+        number_sum = _rows(nums, lead, 1, step)
+        early_numbers = _rows(nums, lead, 2, chunk) if twice else None
+        numbers = _rows(nums, lead, 4, chunk)
+        scores = None if apart is None else _rows(apart, chunk, chunk, chunk)
     tensors = (
         dt,
         *tiles,
         *steps,
+        number_sum,
+        early_numbers,
+        numbers,
+        scores,
         A.contiguous(),
         None if D is None else D.contiguous(),
         z,
-        apart,
         own,
         None if dt_bias is None else dt_bias.contiguous(),
         None if initial_states is None else initial_states.contiguous(),
@@ -543,7 +605,7 @@ def ssd(
         nums,
         sync,
     )
-    numbers = (
+    values = (
         lead,
         tokens,
         heads,
@@ -583,11 +645,12 @@ def ssd(
         y_scale,
         engine,
         described and not compensated and _runs_on(config, parts),
+        twice,
     )
     options = {"num_warps": config.warps, "num_stages": config.stages}
     if config.registers < MOST_REGISTERS:
         options["maxnreg"] = config.registers
     if engine and own is not None:
         options["launch_pdl"] = True  # starts beside the launch before it, and waits where it needs that one's
-    _launch((walks * segments, 1, 1), tensors, numbers, constants, **options)
+    _launch((walks * segments, 1, 1), tensors, values, constants, **options)
     return y, final
