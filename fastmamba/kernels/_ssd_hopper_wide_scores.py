@@ -30,7 +30,7 @@ def _fence_copies(n):
 
 @gluon.jit
 def _score(B_desc, C_desc, scores_ptr, done_ptr, Bs, Cs, full, which, scorers, b, first_chunk, chunks, total):
-    """C B^T of every `scorers`-th chunk of a segment from `which` on, for the blocks that walk it."""
+    """C B^T of every `scorers`-th of `chunks` from `which` on, for the blocks that walk them."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
@@ -41,7 +41,7 @@ def _score(B_desc, C_desc, scores_ptr, done_ptr, Bs, Cs, full, which, scorers, b
     for i in gl.static_range(STAGES):
         c = which + i * scorers
         _load_pair(B_desc, C_desc, Bs, Cs, full.index(i), i, b, (first_chunk + c) * Q, c < chunks)
-    for i in range((chunks - which + scorers - 1) // scorers):  # the last segment may have fewer than there are scorers
+    for i in range((chunks - which + scorers - 1) // scorers):  # there may be more scorers than chunks
         c = which + i * scorers
         stage = i % STAGES
         mbarrier.wait(full.index(stage), i // STAGES & 1)
@@ -55,6 +55,8 @@ def _score(B_desc, C_desc, scores_ptr, done_ptr, Bs, Cs, full, which, scorers, b
         _load_pair(B_desc, C_desc, Bs, Cs, full.index(stage), stage, b, (first_chunk + coming) * Q, coming < chunks)
         row = (b * total + first_chunk + c).to(gl.int64) * (Q * Q)
         gl.store(scores_ptr + row + (t[:, None] * Q + s[None, :]), scores)
+    for i in gl.static_range(STAGES):
+        mbarrier.invalidate(full.index(i))
     _fence_copies(chunks)
     sync_threads()
     gl.atomic_add(done_ptr, 1, sem="release")
@@ -62,7 +64,7 @@ def _score(B_desc, C_desc, scores_ptr, done_ptr, Bs, Cs, full, which, scorers, b
 
 @gluon.jit
 def _await_scores(done_ptr, scorers, readers):
-    """Wait until a segment's scores are there. The last of its readers leaves the count at zero."""
+    """Wait until the scores are there. The last of its readers leaves the count at zero."""
     seen = 0
     while seen < scorers:
         seen = gl.inline_asm_elementwise(

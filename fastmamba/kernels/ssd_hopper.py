@@ -49,6 +49,7 @@ from fastmamba.kernels._ssd_hopper_plan import plan, scorers
 from fastmamba.kernels._ssd_hopper_roles import scores_role, walk_role
 from fastmamba.kernels._ssd_hopper_terms import GROUP, MOST_PIECES, ROWS, Q, slices_of, sync_threads
 from fastmamba.kernels._ssd_hopper_wide import _SIZES, _STRIDES, wide_kernel
+from fastmamba.kernels._ssd_hopper_wide_copies import BITS
 from fastmamba.kernels._sync import zeros_left_as_found
 
 
@@ -369,7 +370,6 @@ def ssd(
         available,
         wide=wide,
         gated=z is not None,
-        leading=not wide,
     )
     blocks_per_group, segments = planned.blocks_per_group, planned.segments
 
@@ -377,10 +377,9 @@ def ssd(
     y = new(x.shape)
     final = new((batch, heads, head_dim, width) if return_final_states else (1,), dtype=torch.float32)
     handed = sync = final  # not looked at unless the sequence is split
-    scoring = 0
+    extra, beside = scorers(batch, groups, planned, available) if wide else (0, 0)
+    scoring = wide and groups == 1 and extra + beside > 0
     if segments > 1:
-        if wide:
-            scoring = scorers(batch, groups, planned, available)
         walks = batch * slices * segments
         # a state that a walker hands on, and one that it keeps for later
         handed = new(walks * (2 * 64 * width + 4 // state_dtype.itemsize), dtype=state_dtype)
@@ -418,20 +417,23 @@ def ssd(
     )
     clamp = dt_min > 0.0 or dt_max != float("inf") or not dt_softplus
     form = (dt_softplus, clamp, z is not None, return_final_states, segments > 1, relaxed)
-    grid = (groups * blocks_per_group, segments, batch)
-    numbers += batch * slices * segments, 1 / blocks_per_group, planned.share
+    numbers += (batch * slices * segments,)
     if wide:
         if scoring:
             scores = new((batch * groups, chunks * 64, 64), dtype=torch.float32)
-            grid = (scoring + groups * blocks_per_group, segments, batch)
         else:
             scores = chunk_scores(C, B, config.chunk, width, config.precision, overlap=True)
             scores = scores.view(batch * groups, chunks * 64, 64)
         tensors = (*tensors, _descriptor(scores, 64, 64), scores)
-        constants: tuple[Any, ...] = (head_dim // 64, *form, log_A, y_scale, scoring > 0)
-        numbers = (*numbers, planned.more, scoring, *scalars)
+        constants: tuple[Any, ...] = (head_dim // 64, *form, log_A, y_scale, scoring, planned.leaders > 0)
+        blocks = beside + groups * blocks_per_group
+        grid = (extra + blocks * segments, batch, 1)
+        parts = (-(-(1 << BITS.value) // blocks_per_group), planned.share, -(-(1 << BITS.value) // blocks))
+        numbers = (*numbers, *parts, planned.more, planned.lead, planned.leaders, planned.pieces, extra, beside)
+        numbers = (*numbers, *scalars)
         _launch_wide(grid, tensors, numbers, constants, num_warps=config.warps, launch_pdl=not scoring)
     else:
+        numbers = (*numbers, 1 / blocks_per_group, planned.share)
         stages = _stages(config, width, z is not None)
         per_channel = D is not None and D.ndim == 2
         constants = (width, head_dim // 64, config.block_slices, *form, stages, log_A, y_scale, per_channel)

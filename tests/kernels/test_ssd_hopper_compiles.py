@@ -34,7 +34,7 @@ constants = {
     "N": width, "SLICES": slices, "PAIR": each.slices, "SOFTPLUS": True, "CLAMP": False, "GATED": bool(gated),
     "STORE_FINAL": True, "SPLIT": bool(split), "RELAXED": bool(relaxed), "LOG_A": True, "Y_SCALE": 1.0,
     "STAGES": ssd_hopper._stages(config, width, bool(gated)), "PER_CHANNEL": False, "init_ptr": None,
-    "SCORING": bool(split),
+    "SCORING": bool(split), "LEADS": bool(split) and not gated,
 }
 if not gated:
     constants["z_desc"] = None
@@ -52,7 +52,8 @@ for place, parameter in enumerate(kernel.params):
     elif name.endswith("_ptr"):
         signature[name] = "*i32" if name == "sync_ptr" else "*fp32" if name in floats else "*" + dtype
     else:
-        signature[name] = "fp32" if name in ("dt_min", "dt_max", "part_of_group", "part_of_segment", "share") else "i32"
+        parts = () if wide else ("part_of_group", "part_of_segment")
+        signature[name] = "fp32" if name in ("dt_min", "dt_max", "share", *parts) else "i32"
 source = GluonASTSource(kernel, signature, constexprs)
 compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
 assert "wgmma.mma_async" in compiled.asm["ptx"] and compiled.asm["cubin"]

@@ -54,10 +54,16 @@ def test_leaders_finish_with_the_others() -> None:
     "batch, blocks, segments", [(1, 24, 5), (1, 24, 2), (2, 12, 5), (1, 40, 3), (1, 48, 1), (3, 2, 3)]
 )
 def test_blocks_that_score_take_what_is_left(batch: int, blocks: int, segments: int) -> None:
-    found = scorers(batch, 1, Plan(blocks, segments, 51), H200)
-    assert 0 <= found <= 51
-    assert batch * segments * (blocks + found) <= H200 or found == 0
+    extra, beside = scorers(batch, 1, Plan(blocks, segments, 51), H200)
+    assert extra == 0 and 0 <= beside <= 51
+    assert batch * segments * (blocks + beside) <= H200 or beside == 0
+    assert segments > 1 or beside == 0
+    led = plan(batch, 1, 2 * blocks, 51 * segments, segments, 2, H200, wide=True)
+    extra, beside = scorers(batch, 1, led, H200)
+    assert led.leaders <= extra and batch * (segments * (blocks + beside) + extra) <= max(
+        H200, batch * segments * blocks
+    )
 
 
 def test_groups_are_scored_by_a_launch() -> None:
-    assert scorers(2, 2, Plan(2, 3, 12), H200) == 0
+    assert scorers(2, 2, Plan(2, 3, 12), H200) == (0, 0)

@@ -133,6 +133,37 @@ def test_leaders_walk_the_first_chunks(
         assert_golden(result, plain, oracle)
 
 
+@pytest.mark.parametrize("gated", [False, True], ids=["", "gate"])
+@pytest.mark.parametrize(
+    ("batch", "heads", "head_dim", "groups", "segments", "available"),
+    [(1, 7, 64, 1, 3, 14), (2, 10, 64, 2, 2, 28), (1, 3, 128, 1, 3, 11)],
+    ids=["a slice over", "in two groups", "two slices of a head"],
+)
+def test_leaders_walk_the_first_chunks_of_a_state_of_256(
+    batch: int, heads: int, head_dim: int, groups: int, segments: int, available: int, gated: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from fastmamba.kernels import _ssd_hopper_plan, ssd_hopper
+
+    monkeypatch.setattr(ssd_hopper, "multiprocessors", lambda device: available)  # so that there are more slices each
+    monkeypatch.setattr(_ssd_hopper_plan, "_WIDE_LEAST", 4)
+    _ssd_hopper_plan.plan.cache_clear()
+    slices = heads * head_dim // 64 // groups
+    planned = _ssd_hopper_plan.plan(batch, groups, slices, 68, segments, 2, available, wide=True, gated=gated)
+    assert planned.leaders and planned.pieces > 1
+    options = {"initial": True, "gate": gated, "per_channel_d": gated}
+    case = ssd_case(batch, 4333, heads, head_dim, groups, 256, dtype=torch.bfloat16, device="cuda", **options)
+    case = aligned(case)
+    case.A = case.A / 100  # so that the state before a segment matters
+    config = ssd_config(case.x.device, case.x.dtype, batch, 4333, heads, head_dim, 256, None, groups=groups)
+    with override(dataclasses.replace(config, segments=segments)):
+        results = [ssd(*case.arguments(), **case.keywords(), backend="triton") for _ in range(3)]
+    _ssd_hopper_plan.plan.cache_clear()
+    assert all(torch.equal(mine, its) for other in results[1:] for mine, its in zip(results[0], other, strict=True))
+    for result, plain, oracle in zip(results[0], case.plain(), case.oracle(), strict=True):
+        assert_golden(result, plain, oracle)
+
+
 @pytest.mark.parametrize(
     ("heads", "head_dim", "state", "slices", "segments"),
     [(3, 64, 128, 2, 20), (3, 64, 64, 1, 17), (2, 128, 128, 2, 18), (3, 64, 256, 2, 17)],
