@@ -135,11 +135,10 @@ def plan(
     *,
     wide: bool = False,
     gated: bool = False,
-    leading: bool = True,
 ) -> Plan:
     """How to divide `slices` of each group in `chunks` into `segments` at most, for blocks of `block_slices`.
 
-    `wide` says that states have more than 128 channels; without `leading` there are no leaders.
+    `wide` says that states have more than 128 channels.
     """
     blocks_per_group = -(-slices // block_slices)
     segments = min(segments, chunks)
@@ -150,8 +149,6 @@ def plan(
     per_segment = -(-(chunks - more) // segments)
     share = _share(segments, per_segment, block_slices, more)
     found = Plan(blocks_per_group, segments, per_segment, more, share)
-    if not leading:
-        return found
     blocks = groups * blocks_per_group
     idle = multiprocessors // batch - blocks * segments
     if not wide:
