@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from fastmamba import tuned
+from fastmamba.ssd_plan import SPAN, plan
 
 MOST_REGISTERS = 255
 """That a thread of an NVIDIA GPU can have."""
@@ -240,11 +241,9 @@ class _Blocks:
     split: float = 1.1
     """What splitting costs besides."""
     look: float = 0.7
-    """What a segment pays for each segment that it looks back to."""
-    span: int = 16
-    """How many those are at most (the kernels' SPAN); one in so many waits for the one before it."""
+    """What a segment pays for each segment that it looks back to, SPAN at most."""
     handover: float = 1.75
-    """That wait."""
+    """What one segment in SPAN waits for the one before it."""
     busy: float = 1.02
     """How much slower blocks are while no multiprocessor is idle: the clock falls."""
 
@@ -258,7 +257,7 @@ class _Blocks:
             walk *= 1 + self.summing * ((segments - 1) / segments if shared else 1)
             walk += self.summing * lead / segments
         waves = -(-rows * -(-slices // self.slices) * segments // multiprocessors)
-        looked = self.look * min(segments - 1, self.span) + self.handover * ((segments - 1) // self.span)
+        looked = self.look * min(segments - 1, SPAN) + self.handover * ((segments - 1) // SPAN)
         handed = 0.0 if segments == 1 else self.split + looked
         if lead:
             walk *= self.busy
@@ -277,7 +276,6 @@ def _hopper_split(
     batch: int, groups: int, slices: int, chunks: int, multiprocessors: int, state: int
 ) -> tuple[int, int]:
     """Into how many segments to split a sequence, and how many slices, of so many in a group, to give a block."""
-    from fastmamba.kernels._ssd_hopper_plan import plan  # not every Triton has what it needs
 
     def cost(blocks: _Blocks, segments: int) -> float:
         lead = 0

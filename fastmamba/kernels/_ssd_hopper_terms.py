@@ -6,6 +6,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
+from fastmamba import ssd_plan
+
 LOG2E = gl.constexpr(1.4426950408889634)
 Q = gl.constexpr(64)  # tokens of a chunk; also the channels of a slice
 
@@ -21,12 +23,10 @@ _SINCE = gl.constexpr(2)  # decay since the chunk began
 _LEFT = gl.constexpr(3)  # dt times the decay until the chunk ends, as two halves of the dtype of x: value and rest
 _TOTAL = gl.constexpr(4)  # decay over the chunk, the same in every column
 ROWS = gl.constexpr(5)
-GROUP = gl.constexpr(4)  # chunks that the decays warps work out at a time
+GROUP = gl.constexpr(ssd_plan.GROUP)
 EARLY = gl.constexpr(3)  # how many chunks before it is loaded x is asked for, in the first pass
-MOST_PIECES = gl.constexpr(
-    32
-)  # that a leader's numbers are kept for, with those that are looked ahead to past the last
-SPAN = gl.constexpr(16)  # segments, of which the last one hands on a whole state, the others what they add to it
+MOST_PIECES = gl.constexpr(ssd_plan.MOST_PIECES)
+SPAN = gl.constexpr(ssd_plan.SPAN)
 
 
 @gluon.jit

@@ -45,12 +45,12 @@ from fastmamba.kernels._scores import chunk_scores
 from fastmamba.kernels._ssd_hopper_copies import fence_inits, load_first, load_role, load_second, prefetch, store_role
 from fastmamba.kernels._ssd_hopper_decays import decays_role, load_bits
 from fastmamba.kernels._ssd_hopper_handover import _ahead, _ways
-from fastmamba.kernels._ssd_hopper_plan import plan, scorers
 from fastmamba.kernels._ssd_hopper_roles import scores_role, walk_role
 from fastmamba.kernels._ssd_hopper_terms import GROUP, MOST_PIECES, ROWS, Q, slices_of, sync_threads
 from fastmamba.kernels._ssd_hopper_wide import _SIZES, _STRIDES, wide_kernel
 from fastmamba.kernels._ssd_hopper_wide_copies import BITS
 from fastmamba.kernels._sync import zeros_left_as_found
+from fastmamba.ssd_plan import plan, scorers
 
 
 # One binary for all sizes: a specialisation saves nothing here and costs seconds of compilation.

@@ -21,14 +21,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 from fastmamba import configs
-from fastmamba.kernels import _ssd_hopper_terms, ssd_hopper
+from fastmamba.kernels import ssd_hopper
 
 kernel = getattr(ssd_hopper, sys.argv[1])
 pair, split, gated, relaxed, slices = (int(value) for value in sys.argv[2])
 wide = sys.argv[1] == "wide_kernel"
 width, dtype, layout = 256 if wide else 64, "bf16", repr(ssd_hopper._TILE)
 each = configs._WIDE_STATE[0] if wide else configs._NARROW[0] if pair else configs._NARROW[1]
-assert each.slices == 1 + pair and each.span == _ssd_hopper_terms.SPAN.value
+assert each.slices == 1 + pair
 config = configs.SsdConfig("hopper", 64, 1, 64 * each.slices, each.slices, width, 4, "tf32", 4, 4)  # as a table may say
 constants = {
     "N": width, "SLICES": slices, "PAIR": each.slices, "SOFTPLUS": True, "CLAMP": False, "GATED": bool(gated),

@@ -111,11 +111,12 @@ def test_leaders_walk_the_first_chunks(
     batch: int, heads: int, head_dim: int, groups: int, slices: int, segments: int, available: int, gated: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    from fastmamba.kernels import _ssd_hopper_plan, ssd_hopper
+    from fastmamba import ssd_plan
+    from fastmamba.kernels import ssd_hopper
 
     monkeypatch.setattr(ssd_hopper, "multiprocessors", lambda device: available)  # so that there are more slices each
     tokens = 4333
-    planned = _ssd_hopper_plan.plan(batch, groups, heads * head_dim // 64 // groups, 68, segments, slices, available)
+    planned = ssd_plan.plan(batch, groups, heads * head_dim // 64 // groups, 68, segments, slices, available)
     assert planned.leaders and planned.pieces > 2
     case = aligned(
         ssd_case(
@@ -143,13 +144,14 @@ def test_leaders_walk_the_first_chunks_of_a_state_of_256(
     batch: int, heads: int, head_dim: int, groups: int, segments: int, available: int, gated: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    from fastmamba.kernels import _ssd_hopper_plan, ssd_hopper
+    from fastmamba import ssd_plan
+    from fastmamba.kernels import ssd_hopper
 
     monkeypatch.setattr(ssd_hopper, "multiprocessors", lambda device: available)  # so that there are more slices each
-    monkeypatch.setattr(_ssd_hopper_plan, "_WIDE_LEAST", 4)
-    _ssd_hopper_plan.plan.cache_clear()
+    monkeypatch.setattr(ssd_plan, "_WIDE_LEAST", 4)
+    ssd_plan.plan.cache_clear()
     slices = heads * head_dim // 64 // groups
-    planned = _ssd_hopper_plan.plan(batch, groups, slices, 68, segments, 2, available, wide=True, gated=gated)
+    planned = ssd_plan.plan(batch, groups, slices, 68, segments, 2, available, wide=True, gated=gated)
     assert planned.leaders and planned.pieces > 1
     options = {"initial": True, "gate": gated, "per_channel_d": gated}
     case = ssd_case(batch, 4333, heads, head_dim, groups, 256, dtype=torch.bfloat16, device="cuda", **options)
@@ -158,7 +160,7 @@ def test_leaders_walk_the_first_chunks_of_a_state_of_256(
     config = ssd_config(case.x.device, case.x.dtype, batch, 4333, heads, head_dim, 256, None, groups=groups)
     with override(dataclasses.replace(config, segments=segments)):
         results = [ssd(*case.arguments(), **case.keywords(), backend="triton") for _ in range(3)]
-    _ssd_hopper_plan.plan.cache_clear()
+    ssd_plan.plan.cache_clear()
     assert all(torch.equal(mine, its) for other in results[1:] for mine, its in zip(results[0], other, strict=True))
     for result, plain, oracle in zip(results[0], case.plain(), case.oracle(), strict=True):
         assert_golden(result, plain, oracle)

@@ -2,9 +2,7 @@
 
 import pytest
 
-pytest.importorskip("triton.experimental.gluon")
-
-from fastmamba.kernels._ssd_hopper_plan import Plan, plan, scorers  # noqa: E402
+from fastmamba.ssd_plan import Plan, plan, scorers
 
 H200 = 132  # multiprocessors
 SHAPES = [

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from fastmamba.kernels import _ssd_hopper_terms as terms
-
-GROUP = terms.GROUP.value
-SPAN = terms.SPAN.value
+GROUP = 4
+"""Chunks whose decays are worked out at a time."""
+SPAN = 16
+"""Segments, of which the last one hands on a whole state, the others what they add to it."""
+MOST_PIECES = 32
+"""Places for what a leader's warps look up of its pieces, two of them for what lies past the last."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,6 @@ _SCORE = 0.55
 """C B^T of a chunk in states of 256, by a block that does nothing else, beside the others' first pass."""
 _WIDE_LEAST = 20
 """Chunks: 12, at 8K tokens of 24 heads x 128, were 2% slower than none."""
-_MOST_PIECES = terms.MOST_PIECES.value - 2
-"""Of a leader."""
 
 
 def _share(segments: int, chunks: int, slices: int, more: int = 0) -> float:
@@ -109,7 +109,7 @@ def _led(plan: Plan, slices: int, blocks: int, chunks: int, idle: int, pace: _Pa
     if segments == 1 or idle < 1 or slices == 1 and segments > SPAN:
         return plan
     pieces = -(-blocks // min(idle, blocks))
-    if pieces > _MOST_PIECES:
+    if pieces > MOST_PIECES - 2:
         return plan
     step = 1 if slices == 1 else GROUP
     most = int(min(pace.lead(segments, chunks, pieces, start), chunks / (segments + 1)))
