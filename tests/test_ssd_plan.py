@@ -2,6 +2,7 @@
 
 import pytest
 
+from fastmamba import ssd_plan
 from fastmamba.ssd_plan import Plan, plan, scorers
 
 H200 = 132  # multiprocessors
@@ -43,6 +44,10 @@ def test_leaders_have_multiprocessors_and_slices(batch: int, groups: int, slices
 
 
 def test_leaders_finish_with_the_others() -> None:
+    for chunks in (256, 300, 1024, 4096):
+        found = plan(1, 1, 80, chunks, 3, 2, H200)
+        others = ssd_plan._NARROW[2].walk(found.segments, chunks, found.lead)
+        assert found.pieces * found.lead <= others < found.pieces * (found.lead + ssd_plan.GROUP) + 4
     found = plan(1, 1, 80, 256, 3, 2, H200)
     assert (found.segments, found.leaders, found.pieces, found.lead) == (3, 10, 4, 24)
     assert plan(1, 1, 80, 256, 3, 2, 120).leaders == 0

@@ -13,7 +13,7 @@ from fastmamba.kernels._ssd_hopper_terms import GROUP, SPAN, Q, sync_threads
 def _ahead(seg, share, STEP: gl.constexpr = GROUP, first=0.0):
     """How many chunks before its segment a block begins its first pass: steps of one chunk or a group of them.
 
-    `first` is how many more steps the first segment has than the others.
+    `first` is how many steps the others begin later by: what the first segment has more, or leaders walk before it.
     """
     return (seg.to(gl.float32) * (share * (GROUP // STEP)) + (first + 0.5)).to(gl.int32) * STEP
 

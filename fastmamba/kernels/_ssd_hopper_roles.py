@@ -367,7 +367,7 @@ def walk_role(
     parts,  # of all blocks
     stride_D_h,
     stride_D_p,
-    seg,  # of a leader: their number
+    seg,  # of a leader: `segments`
     segments,
     ahead,
     skip,

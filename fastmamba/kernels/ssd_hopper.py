@@ -227,8 +227,8 @@ def _kernel(
     handed_row, handed_row1, passed, passed1, flag, flag1 = _ways(
         b, v, v1, slices, seg, segments, parts, handed_ptr, sync_ptr, N
     )
-    D0 = head0 * stride_D_h + v % SLICES * Q * stride_D_p
-    D1 = head1 * stride_D_h + v1 % SLICES * Q * stride_D_p
+    D0 = head0 * stride_D_h  # where D is not one of each channel
+    D1 = head1 * stride_D_h
 
     # fmt: off
     if PAIR == 2:

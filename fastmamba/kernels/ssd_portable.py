@@ -542,18 +542,19 @@ def ssd(
     part = config.block_n // parts
     blocks = (config.block_p, part, part, config.block_p)
     engine = copy_engine(x.device)
-    described = engine and all(map(_describable, tiles, blocks))
-
     chunk = config.chunk
     chunks = -(-tokens // chunk)
+    slices = -(-head_dim // config.block_p)
+    walks = batch * heads * slices
+    columns = walks * (chunks + 2 * config.segments) * chunk  # of numbers, at most: a descriptor counts them in 32 bits
+    described = engine and columns < 2**31 and all(map(_describable, tiles, blocks))
+
     per_segment = -(-chunks // config.segments)
     step, stages = chunk, config.stages
     if config.segments > 1 and described and not compensated:
         step, stages = _first_pass(config, x.dtype.itemsize)
         per_segment += per_segment % 2 if step > chunk else 0
     segments = -(-chunks // per_segment)
-    slices = -(-head_dim // config.block_p)
-    walks = batch * heads * slices
     lead = walks * segments * per_segment * chunk
 
     handed = passed = sync = final  # not looked at unless the sequence is split

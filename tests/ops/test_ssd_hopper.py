@@ -142,12 +142,13 @@ def test_leaders_walk_the_first_chunks(
 )
 def test_leaders_walk_the_first_chunks_of_a_state_of_256(
     batch: int, heads: int, head_dim: int, groups: int, segments: int, available: int, gated: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest,
 ) -> None:  # fmt: skip
     from fastmamba import ssd_plan
     from fastmamba.kernels import ssd_hopper
 
     monkeypatch.setattr(ssd_hopper, "multiprocessors", lambda device: available)  # so that there are more slices each
+    request.addfinalizer(ssd_plan.plan.cache_clear)  # whatever becomes of this test
     monkeypatch.setattr(ssd_plan, "_WIDE_LEAST", 4)
     ssd_plan.plan.cache_clear()
     slices = heads * head_dim // 64 // groups
@@ -160,7 +161,6 @@ def test_leaders_walk_the_first_chunks_of_a_state_of_256(
     config = ssd_config(case.x.device, case.x.dtype, batch, 4333, heads, head_dim, 256, None, groups=groups)
     with override(dataclasses.replace(config, segments=segments)):
         results = [ssd(*case.arguments(), **case.keywords(), backend="triton") for _ in range(3)]
-    ssd_plan.plan.cache_clear()
     assert all(torch.equal(mine, its) for other in results[1:] for mine, its in zip(results[0], other, strict=True))
     for result, plain, oracle in zip(results[0], case.plain(), case.oracle(), strict=True):
         assert_golden(result, plain, oracle)
