@@ -12,6 +12,34 @@ from fastmamba.kernels._dot import INTERPRETED, dot
 from fastmamba.kernels._launch import Launcher
 
 
+@triton.jit
+def store_scores(
+    scores_ptr, B_ptr, C_ptr, place, chunks, T, G, stride_B_b, stride_B_t, stride_B_g, stride_C_b, stride_C_t,
+    stride_C_g, N: tl.constexpr, Q: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """C B^T of the chunk at `place`, counted through groups and sequences; [s, t], zero past the end."""
+    group = place // chunks
+    b = tl.cast(group // G, tl.int64)
+    g = group % G
+    q = tl.arange(0, Q)
+    PART: tl.constexpr = tl.constexpr(
+        64 if BN > 64 else BN
+    )  # all parts are on their way at once, and none in registers
+    n = tl.arange(0, PART)
+    t = place % chunks * Q + q
+    inside = (t < T)[:, None]
+    t = t.to(tl.int64)[:, None]
+    B_at = B_ptr + b * stride_B_b + t * stride_B_t + g * stride_B_g + n[None, :]
+    C_at = C_ptr + b * stride_C_b + t * stride_C_t + g * stride_C_g + n[None, :]
+    scores = tl.zeros([Q, Q], tl.float32)
+    for part in tl.range(0, BN, PART, num_stages=BN // PART):
+        B = tl.load(B_at + part, mask=inside & (part + n < N)[None, :], other=0.0)  # [s, PART]
+        C = tl.load(C_at + part, mask=inside & (part + n < N)[None, :], other=0.0)  # [t, PART]
+        scores += dot(B, tl.trans(C), PRECISION)
+    at = scores_ptr + tl.cast(place, tl.int64) * (Q * Q) + q[:, None] * Q + q[None, :]
+    tl.store(at, scores)
+
+
 @triton.jit(do_not_specialize=["T", "chunks"])
 def _scores_kernel(
     scores_ptr,
@@ -34,21 +62,8 @@ def _scores_kernel(
 ):
     if OVERLAP and not INTERPRETED:
         gdc_launch_dependents()
-    place = tl.program_id(0)
-    group = place // chunks
-    b = tl.cast(group // G, tl.int64)
-    g = group % G
-    q = tl.arange(0, Q)
-    n = tl.arange(0, BN)
-    t = place % chunks * Q + q
-    inside = (t < T)[:, None] & (n < N)[None, :]
-    t = t.to(tl.int64)[:, None]
-    B_at = B_ptr + b * stride_B_b + t * stride_B_t + g * stride_B_g + n[None, :]
-    C_at = C_ptr + b * stride_C_b + t * stride_C_t + g * stride_C_g + n[None, :]
-    B = tl.load(B_at, mask=inside, other=0.0)  # [s, N]
-    C = tl.load(C_at, mask=inside, other=0.0)  # [t, N]
-    at = scores_ptr + tl.cast(place, tl.int64) * (Q * Q) + q[:, None] * Q + q[None, :]
-    tl.store(at, dot(B, tl.trans(C), PRECISION))
+    store_scores(scores_ptr, B_ptr, C_ptr, tl.program_id(0), chunks, T, G, stride_B_b, stride_B_t, stride_B_g,
+                 stride_C_b, stride_C_t, stride_C_g, N, Q, BN, PRECISION)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "lead", "parts"])

@@ -1,0 +1,164 @@
+"""The launch before an SSD whose blocks are dealt out by head: who walks what, how chunks decay, and C B^T."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
+
+from fastmamba.kernels._dealt import Costs, Slots, deal, store_falls
+from fastmamba.kernels._dot import INTERPRETED
+from fastmamba.kernels._launch import Launcher
+from fastmamba.kernels._scores import store_scores
+
+
+class Steps(NamedTuple):
+    """How time steps and decays are given, as `fastmamba.ops.ssd` takes them."""
+
+    dt: Tensor
+    """(B, T, H)."""
+    A: Tensor
+    """(H,) in float32, contiguous."""
+    bias: Tensor | None
+    """(H,), contiguous."""
+    softplus: bool
+    dt_min: float
+    dt_max: float
+    log_A: bool
+
+    @property
+    def clamped(self) -> bool:
+        return self.dt_min > 0.0 or self.dt_max != float("inf") or not self.softplus
+
+
+_COUNTS = [
+    "T", "chunks", "plans", "decays", "parts", "rows", "H", "G", "slots", "blocks", "slices", "slices_per_group",
+    "per_group", "flags", "stride_dt_b",
+]  # fmt: skip
+"""Not strides of tokens and heads: what they are multiples of says how much a thread may load at once."""
+
+CHUNKS_EACH = tl.constexpr(4)
+HEADS_EACH = tl.constexpr(16)
+"""Whose decays a program works out: a token's time steps of so many heads are what memory gives at once."""
+
+
+@triton.jit(do_not_specialize=_COUNTS)
+def _before_kernel(
+    dt_ptr, A_ptr, bias_ptr, dealt_ptr, falls_ptr, flags_ptr, scores_ptr, B_ptr, C_ptr,
+    T, chunks, plans, decays, parts, rows, H, G, slots, blocks, slices, slices_per_group, per_group, flags,
+    first, start, handover, wait, dt_min, dt_max, stride_dt_b, stride_dt_t, stride_dt_h,
+    stride_B_b, stride_B_t, stride_B_g, stride_C_b, stride_C_t, stride_C_g,
+    BLOCK_SLICES: tl.constexpr, HEADS: tl.constexpr, SHARED: tl.constexpr, SOFTPLUS: tl.constexpr,
+    CLAMP: tl.constexpr, LOG_A: tl.constexpr, Q: tl.constexpr, SLOTS: tl.constexpr, BLOCKS: tl.constexpr,
+    N: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    if OVERLAP and not INTERPRETED:
+        gdc_launch_dependents()
+    # Plans first: they take the longest.
+    program = tl.program_id(0)
+    if program < plans:
+        b = tl.cast(program, tl.int64)
+        deal(dealt_ptr + b * blocks, dt_ptr + b * stride_dt_b, A_ptr, bias_ptr, T, chunks, slots, blocks, slices,
+             slices_per_group, per_group, first, start, handover, wait, stride_dt_t, stride_dt_h, dt_min, dt_max,
+             BLOCK_SLICES, HEADS, SHARED, SOFTPLUS, CLAMP, LOG_A, Q, SLOTS, BLOCKS)  # fmt: skip
+        if flags_ptr is not None and program == 0:
+            for begin in range(0, flags, 1024):
+                flag = begin + tl.arange(0, 1024)
+                tl.store(flags_ptr + flag, tl.zeros([1024], tl.int32), mask=flag < flags)
+    elif program < plans + decays:
+        if falls_ptr is not None:
+            place = program - plans
+            h = place % parts * HEADS_EACH
+            c = place // parts % rows * CHUNKS_EACH
+            b = tl.cast(place // (parts * rows), tl.int64)
+            store_falls(falls_ptr, dt_ptr, A_ptr, bias_ptr, b, c, h, chunks, T, H, stride_dt_b, stride_dt_t,
+                        stride_dt_h, dt_min, dt_max, SOFTPLUS, CLAMP, LOG_A, Q, CHUNKS_EACH, HEADS_EACH)  # fmt: skip
+    elif scores_ptr is not None:
+        store_scores(scores_ptr, B_ptr, C_ptr, program - plans - decays, chunks, T, G, stride_B_b, stride_B_t,
+                     stride_B_g, stride_C_b, stride_C_t, stride_C_g, N, Q, BN, PRECISION)  # fmt: skip
+
+
+_launch = Launcher(_before_kernel)
+
+
+class Before(NamedTuple):
+    """What is in memory once the launch is through, in the order of blocks; None what was not asked for."""
+
+    dealt: Tensor
+    """(B, blocks), int32, as `fastmamba.kernels._dealt.deal` leaves it."""
+    falls: Tensor | None
+    """(B, H, chunks), float32: log2 of the decay over each chunk."""
+    flags: Tensor | None
+    """int32 zeros."""
+    scores: Tensor | None
+    """(B, G, chunks, s, t), float32, as `fastmamba.kernels._scores.chunk_scores` leaves them."""
+
+
+def before(
+    steps: Steps,
+    slots: Slots,
+    costs: Costs,
+    chunk: int,
+    blocks: int,
+    *,
+    groups: int,
+    shared: bool,
+    falls: bool,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    precision: str = "ieee",
+    flags: int = 0,
+    overlap: bool = False,
+) -> Before:
+    """Work out before an SSD what its blocks need to know of heads' decays, and C B^T where B and C are given.
+
+    Args:
+        steps: dt, A and what becomes of them.
+        slots: who shares blocks.
+        costs: of a block.
+        chunk: tokens of a chunk, a power of two.
+        blocks: that are dealt out, of each sequence: as many as there are slots, or more.
+        groups: of B and C.
+        shared: whether first passes are, as `fastmamba.ssd_plan.Plan.share` says.
+        falls: whether the decays of chunks are wanted.
+        B, C: (B, T, G, N), the last axis contiguous.
+        precision: `input_precision` of their product.
+        flags: how many zeros are wanted.
+        overlap: let the kernel after this one start at once, if it is launched to; it waits before it reads this one's.
+    """
+    dt = steps.dt
+    batch, tokens, heads = dt.shape
+    chunks = -(-tokens // chunk)
+    new = dt.new_empty
+    dealt = new((batch, blocks), dtype=torch.int32)
+    zeros = new(flags, dtype=torch.int32) if flags else None
+    fall = scores = None
+    if falls:
+        fall = new((batch, heads, chunks), dtype=torch.float32)
+    width = 16
+    strides = (0, 0, 0, 0, 0, 0)
+    if B is not None and C is not None:
+        width = B.shape[3]
+        strides = (*B.stride()[:3], *C.stride()[:3])
+        scores = new((batch, groups, chunks, chunk, chunk), dtype=torch.float32)
+    parts, rows = -(-heads // HEADS_EACH.value), -(-chunks // CHUNKS_EACH.value)
+    decays = batch * parts * rows if falls else 0
+    numbers = (
+        tokens, chunks, batch, decays, parts, rows, heads, groups, slots.slots, blocks, slots.slices,
+        slots.slices_per_group, slots.per_group, flags, costs.first, costs.start, costs.handover, costs.wait,
+        steps.dt_min, steps.dt_max,
+        *dt.stride(), *strides,
+    )  # fmt: skip
+    power = triton.next_power_of_2
+    constants = (
+        slots.block_slices, slots.heads, shared, steps.softplus, steps.clamped, steps.log_A, chunk, power(slots.slots),
+        power(blocks), width, max(16, power(width)), precision, overlap,
+    )  # fmt: skip
+    programs = batch + decays + (0 if scores is None else batch * groups * chunks)
+    tensors = (dt, steps.A, steps.bias, dealt, fall, zeros, scores, B, C)
+    _launch((programs, 1, 1), tensors, numbers, constants, num_warps=4)
+    return Before(dealt, fall, zeros, scores)
