@@ -9,6 +9,8 @@ GROUP = 4
 """Chunks whose decays are worked out at a time."""
 SPAN = 16
 """Segments, of which the last one hands on a whole state, the others what they add to it."""
+MOST_DEALT = 16
+"""Segments of a slice, where they are dealt out."""
 MOST_PIECES = 32
 """Places for what a leader's warps look up of its pieces, two of them for what lies past the last."""
 
@@ -39,6 +41,11 @@ class Plan:
     """Of how many blocks' slices a leader walks the first chunks, at most."""
     lead: int = 0
     """How many chunks those are: a multiple of GROUP."""
+    dealt: int = 0
+    """Blocks of a sequence whose segments a launch before deals out by how fast heads decay; 0: segments are equal.
+
+    `segments` is then how many a slice may have at most.
+    """
 
     def ahead(self, segment: int, step: int) -> int:
         """How many chunks before its segment a block begins its first pass, in steps of so many.
@@ -62,24 +69,18 @@ class _Pace:
         walked = (chunks - lead) / segments
         return self.first * (lead + (segments - 1) * walked) / segments + self.handover + walked
 
-    def lead(self, segments: int, chunks: int, pieces: int, start: float) -> float:
-        """How many chunks of so many pieces leaders walk meanwhile, who begin that late."""
+    def lead(self, segments: int, chunks: int, pieces: int) -> float:
+        """How many chunks of so many pieces leaders walk meanwhile."""
         whole = self.walk(segments, chunks, 0)
-        return (whole - start) / (pieces + whole - self.walk(segments, chunks, 1))
+        return whole / (pieces + whole - self.walk(segments, chunks, 1))
 
 
 # 1,100 of 2,460 clocks, one head to a block, or of 2,910, two heads; a lone slice 750 of 1,500; of 4,500 with a gate.
 # Handing on takes 15,000; with a gate leaders were late by that.
 _NARROW = {1: _Pace(first=0.5, handover=8.0), 2: _Pace(first=0.42, handover=5.5)}
 _GATED = {1: _Pace(first=0.35, handover=4.0), 2: _Pace(first=0.28, handover=1.0)}
-_WIDE = _Pace(first=0.44, handover=7.3)
-"""States of 256: 1,450 of 3,270 clocks, beside leaders; starting and handing on 24,000."""
-_WIDE_GATED = _Pace(first=0.33, handover=5.5)
-"""Taken to be a third more a chunk."""
-_SCORE = 0.55
-"""C B^T of a chunk in states of 256, by a block that does nothing else, beside the others' first pass."""
-_WIDE_LEAST = 20
-"""Chunks: 12, at 8K tokens of 24 heads x 128, were 2% slower than none."""
+_WIDE_LEAST = 128
+"""Chunks of states of 256, from which on segments are dealt out: 64 were 5% to 10% slower that way."""
 
 
 def _share(segments: int, chunks: int, slices: int, more: int = 0) -> float:
@@ -100,7 +101,7 @@ def _more(segments: int, chunks: int) -> int:
     return 0 if segments == 1 or chunks < GROUP * segments else 4
 
 
-def _led(plan: Plan, slices: int, blocks: int, chunks: int, idle: int, pace: _Pace, start: float = 0.0) -> Plan:
+def _led(plan: Plan, slices: int, blocks: int, chunks: int, idle: int, pace: _Pace) -> Plan:
     """The plan with leaders on so many idle multiprocessors; `blocks` are those of a segment.
 
     As many chunks as leaders walk while the others do both passes, and as few leaders as that takes.
@@ -112,7 +113,7 @@ def _led(plan: Plan, slices: int, blocks: int, chunks: int, idle: int, pace: _Pa
     if pieces > MOST_PIECES - 2:
         return plan
     step = 1 if slices == 1 else GROUP
-    most = int(min(pace.lead(segments, chunks, pieces, start), chunks / (segments + 1)))
+    most = int(min(pace.lead(segments, chunks, pieces), chunks / (segments + 1)))
     for lead in range(most // GROUP * GROUP, 0, -GROUP):
         per = -(-(chunks - lead) // segments)
         share = (per - lead) / (GROUP * segments)
@@ -142,6 +143,10 @@ def plan(
     """
     blocks_per_group = -(-slices // block_slices)
     segments = min(segments, chunks)
+    blocks = groups * blocks_per_group
+    if wide and segments > 1 and chunks >= _WIDE_LEAST and batch * blocks * segments <= multiprocessors:
+        available = multiprocessors // batch
+        return Plan(blocks_per_group, min(MOST_DEALT, available - blocks + 1), 0, dealt=available)
     # Equal ones, and equal parts of what the first pass sums up: all blocks wait until all are through with that.
     per_segment = -(-chunks // segments)
     segments = -(-chunks // per_segment)
@@ -149,27 +154,19 @@ def plan(
     per_segment = -(-(chunks - more) // segments)
     share = _share(segments, per_segment, block_slices, more)
     found = Plan(blocks_per_group, segments, per_segment, more, share)
-    blocks = groups * blocks_per_group
     idle = multiprocessors // batch - blocks * segments
-    if not wide:
-        return _led(found, block_slices, blocks, chunks, idle, (_GATED if gated else _NARROW)[block_slices])
-    if share == 0.0:  # to keep what is summed up before a segment takes as long as four chunks of a first pass
-        return found
-    start = 3.0 + (_SCORE * -(-chunks // max(idle, 1)) if groups == 1 else 0.0)  # leaders score before, if there is one
-    led = _led(found, block_slices, blocks, chunks, idle, _WIDE_GATED if gated else _WIDE, start)
-    return led if led.lead >= _WIDE_LEAST else found
+    return (
+        found if wide else _led(found, block_slices, blocks, chunks, idle, (_GATED if gated else _NARROW)[block_slices])
+    )
 
 
-def scorers(batch: int, groups: int, plan: Plan, multiprocessors: int) -> tuple[int, int]:
-    """How many blocks of a sequence, and of a segment, to add where states have 256 channels.
+def scorers(batch: int, groups: int, plan: Plan, multiprocessors: int) -> int:
+    """How many blocks to add to each segment that work out its C B^T while the others are at their first pass.
 
-    They work out C B^T while the others are at their first pass, as many as multiprocessors are left for; those of a
-    sequence then lead, and there are none of a segment. Where no block works out scores, a launch before this one does:
-    where there are several groups, each of which has scores, and where nothing is split.
+    As many as multiprocessors are left for. 0 is a launch of its own before this one; so it is where there are several
+    groups, each of which has scores.
     """
-    idle = multiprocessors - batch * groups * plan.blocks_per_group * plan.segments
-    if groups > 1 or plan.segments == 1 or idle < 0:
-        return plan.leaders, 0
-    if plan.leaders:
-        return idle // batch, 0
-    return 0, min(idle // (batch * plan.segments), plan.per_segment)
+    if groups > 1:
+        return 0
+    idle = multiprocessors - batch * plan.blocks_per_group * plan.segments
+    return max(0, min(idle // (batch * plan.segments), plan.per_segment))

@@ -23,6 +23,8 @@ def test_every_chunk_is_walked_once(batch: int, groups: int, slices: int, block_
     for chunks in (1, 5, 16, 17, 33, 64, 67, 100, 256, 1024, 2049):
         for segments in (*range(1, min(chunks, 14) + 1), 17, 33, 64):
             found = plan(batch, groups, slices, chunks, segments, block_slices, H200, wide=wide)
+            if found.dealt:
+                continue
             last = chunks - found.lead - found.more - (found.segments - 1) * found.per_segment
             assert 1 <= last <= found.per_segment + (found.more if found.segments == 1 else 0), found
             step = 1 if block_slices == 1 else 4
@@ -53,20 +55,24 @@ def test_leaders_finish_with_the_others() -> None:
     assert plan(1, 1, 80, 256, 3, 2, 120).leaders == 0
 
 
-@pytest.mark.parametrize(
-    "batch, blocks, segments", [(1, 24, 5), (1, 24, 2), (2, 12, 5), (1, 40, 3), (1, 48, 1), (3, 2, 3)]
-)
+@pytest.mark.parametrize("batch, groups, slices", SHAPES)
+def test_dealt_blocks_have_a_multiprocessor_each(batch: int, groups: int, slices: int) -> None:
+    for chunks in (64, 128, 1024):
+        for segments in range(1, 12):
+            found = plan(batch, groups, slices, chunks, segments, 2, H200, wide=True)
+            blocks = groups * found.blocks_per_group
+            assert (found.dealt > 0) == (chunks >= 128 and segments > 1 and batch * blocks * segments <= H200)
+            if found.dealt:
+                assert blocks * segments <= found.dealt <= H200 // batch
+                assert segments <= found.segments <= ssd_plan.MOST_DEALT
+
+
+@pytest.mark.parametrize("batch, blocks, segments", [(1, 24, 5), (1, 24, 2), (2, 12, 5), (1, 40, 3), (1, 48, 1)])
 def test_blocks_that_score_take_what_is_left(batch: int, blocks: int, segments: int) -> None:
-    extra, beside = scorers(batch, 1, Plan(blocks, segments, 51), H200)
-    assert extra == 0 and 0 <= beside <= 51
-    assert batch * segments * (blocks + beside) <= H200 or beside == 0
-    assert segments > 1 or beside == 0
-    led = plan(batch, 1, 2 * blocks, 51 * segments, segments, 2, H200, wide=True)
-    extra, beside = scorers(batch, 1, led, H200)
-    assert led.leaders <= extra and batch * (segments * (blocks + beside) + extra) <= max(
-        H200, batch * segments * blocks
-    )
+    scoring = scorers(batch, 1, Plan(blocks, segments, 51), H200)
+    assert 0 <= scoring <= 51
+    assert batch * segments * (blocks + scoring) <= H200 or scoring == 0
 
 
 def test_groups_are_scored_by_a_launch() -> None:
-    assert scorers(2, 2, Plan(2, 3, 12), H200) == (0, 0)
+    assert scorers(2, 2, Plan(2, 3, 12), H200) == 0

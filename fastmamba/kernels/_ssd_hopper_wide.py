@@ -1,10 +1,11 @@
 """The SSD on Hopper for a state of 256: blocks of two slices of 64 channels, as in `fastmamba.kernels.ssd_hopper`.
 
 The states of both take all the registers that two walkers can have. So C B^T is worked out once for all heads of a
-group: where a sequence is split and there is one group, by blocks on multiprocessors that would be idle, while the
-others are at their first pass; else by a launch before this one. In a long sequence blocks on idle multiprocessors then
-lead: they walk chunks before the first segment, where the state is known, of several pairs of slices one after the
-other. One role of four warps makes all numbers out of C B^T and dt:
+group: in long sequences by all blocks, by turns, before they walk; in shorter ones that are split, where there is one
+group, by blocks on multiprocessors that would be idle, while the others are at their first pass; else by a launch
+before this one. In long sequences segments are dealt out by how fast heads decay, and first passes leave out what
+nothing is left of: `fastmamba.kernels._ssd_hopper_wide_dealt`. One role of four warps makes all numbers out of C B^T
+and dt:
 
     loader     1 warp   B and C of a chunk into a stage, x of the first ones
     numbers    4 warps  decays, four chunks at a time; G = (C B^T) * decay, while C B^T of the next chunks comes
@@ -18,6 +19,7 @@ other. One role of four warps makes all numbers out of C B^T and dt:
     begun, read         C of a chunk is there; the walkers are through with it and with G
     full, walked        x, B and G of a chunk are there; a walker is through with it, and its y is where x was
     known, unknown      the decays of four chunks are there; the walkers are through with them
+    scored              B and C of a chunk are there, for its C B^T
     there               C B^T of a chunk is there
     gated, walked       z of a walker's chunk is there
 """
@@ -33,8 +35,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fastmamba.kernels._ssd_hopper_copies import prefetch
-from fastmamba.kernels._ssd_hopper_decays import _factor, _numbers, _running, _weights
+from fastmamba.kernels._ssd_hopper_decays import _factor, _from_bits, _numbers, _running, _weights, load_bits
 from fastmamba.kernels._ssd_hopper_halves import (
     _halves,
     _packed,
@@ -60,7 +61,6 @@ from fastmamba.kernels._ssd_hopper_terms import (
     sync_threads,
 )
 from fastmamba.kernels._ssd_hopper_wide_copies import (
-    BITS,
     DEEP,
     STAGES,
     N,
@@ -69,11 +69,17 @@ from fastmamba.kernels._ssd_hopper_wide_copies import (
     _load_first,
     _load_role,
     _load_slice,
-    _pair_of,
     _store_role,
 )
-from fastmamba.kernels._ssd_hopper_wide_scores import _await_scores, _score, _wait_for_launches_before
+from fastmamba.kernels._ssd_hopper_wide_dealt import KEEPS, SKIPS, STORES, _hand_on, _passes
+from fastmamba.kernels._ssd_hopper_wide_scores import (
+    _await_scores,
+    _score,
+    _score_by_turns,
+    _wait_for_launches_before,
+)
 
+LINE = gl.constexpr(gl.BlockedLayout([1, 2], [1, 32], [4, 1], [1, 0]))  # dt of four chunks
 LEAST = gl.constexpr(-64.0)  # of the logarithm, base 2, of a decay over the second of two chunks: less is taken as this
 ROWS = gl.constexpr(4)  # that decays take in shared memory, for each head of a chunk: the last of _SINCE is the total
 
@@ -95,8 +101,8 @@ def _over_two(nums, k: gl.constexpr, buffer, c, dtype: gl.constexpr, layout: gl.
 
 @gluon.jit
 def _decays(
-    k: gl.constexpr, i, first_pass, dt, bias, A, nums, halves, buffer, t, tokens, dt_min, dt_max, summed, chunk,
-    SOFTPLUS: gl.constexpr, CLAMP: gl.constexpr, dtype: gl.constexpr,
+    k: gl.constexpr, i, first_pass, dt, bias, A, nums, halves, buffer, t, tokens, dt_min, dt_max, summed, chunk, ahead,
+    gap, SOFTPLUS: gl.constexpr, CLAMP: gl.constexpr, DEALT: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
     """Those of the block's head k in the i-th four chunks of both passes, as `decays_role` works them out."""
     dt, cum, entry = _running(dt.to(gl.float32) + bias, A, t, tokens, dt_min, dt_max, SOFTPLUS, CLAMP)
@@ -110,6 +116,8 @@ def _decays(
             there = i * GROUP + j < summed
             rest += gl.where((chunk < j) & there, later, 0.0)
             whole += gl.where((chunk != j) & there, later, 0.0)
+        if DEALT:  # nothing is left of what came before a gap
+            whole = gl.where((gap > 0) & (i * GROUP == ahead), float("-inf"), whole)
         last = rest
         since = cum * 0.0 + whole[:, None]
     elif dtype == gl.bfloat16:  # in the first of two chunks the decay of the second one is
@@ -141,14 +149,14 @@ def _decayed(scores, cum, entry, dtype: gl.constexpr, RELAXED: gl.constexpr):
 
 @gluon.jit
 def _numbers_role(
-    dt_at, stride_dt_h, A_ptr, bias_ptr, scores_desc, arena, there, sequence, first, pair, pieces,
-    blocks_per_group, slices_per_group, part_of_group, nums, known, unknown, full, read, walking, done_ptr, scorers,
-    readers, stride_dt_t, dt_min, dt_max, tokens, ahead, summed, chunks,
-    SLICES: gl.constexpr,
+    dt0, dt1, first_dt0, first_dt1, A0, A1, bias_ptr, bias0, bias1, scores_desc, arena, there, sequence, first, nums,
+    known, unknown, full, read, walking, done_ptr, scorers, readers, stride_dt_t, dt_min, dt_max, tokens, ahead,
+    summed, chunks, gap,
     SOFTPLUS: gl.constexpr, CLAMP: gl.constexpr, SPLIT: gl.constexpr, RELAXED: gl.constexpr, LOG_A: gl.constexpr,
     dtype: gl.constexpr, HEADS: gl.constexpr, PLACES: gl.constexpr, COMING: gl.constexpr, SCORING: gl.constexpr,
+    DEALT: gl.constexpr,
 ):  # fmt: skip
-    line: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [4, 1], [1, 0])
+    line: gl.constexpr = LINE
     rows: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     halves = _seen_as(nums, dtype, [4 * HEADS * ROWS, GROUP, Q], rows)
     grouped = _seen_as(nums, gl.float32, [2 * HEADS * ROWS, GROUP, Q], rows)
@@ -156,6 +164,21 @@ def _numbers_role(
     q = chunk[:, None] * Q + gl.arange(0, Q, gl.SliceLayout(0, line))[None, :]  # [GROUP, Q]
     first_pass = (summed + GROUP - 1) // GROUP
     groups = first_pass + (chunks + GROUP - 1) // GROUP
+    after = -ahead
+    if DEALT:
+        after += gl.where((ahead == 0) & (summed > 0), gap, 0)
+    after = after * Q + q
+    element: gl.constexpr = dt0.dtype.element_ty
+    coming0 = _from_bits(first_dt0, element).to(element)
+    A0 = _factor(A0, LOG_A)
+    if bias_ptr is not None:
+        bias0 = bias0.to(gl.float32)
+    if HEADS == 2:
+        coming1 = _from_bits(first_dt1, element).to(element)
+        A1 = _factor(A1, LOG_A)
+        if bias_ptr is not None:
+            bias1 = bias1.to(gl.float32)
+
     TILE: gl.constexpr = 32  # rows and columns of G at a time: there are few registers
     FIRST: gl.constexpr = (4 + HEADS * PLACES) // 2  # place of C B^T
     TILES: gl.constexpr = arena.shape[0]
@@ -165,87 +188,67 @@ def _numbers_role(
     t = gl.arange(0, TILE, gl.SliceLayout(1, layout))
     s = gl.arange(0, TILE, gl.SliceLayout(0, layout))
     causal = _packed(gl.where(t[:, None] >= s[None, :], -1, 0).to(gl.int16))  # in the tiles on the diagonal
-    for piece in range(pieces):
-        g, v, second = _pair_of(pair + piece, blocks_per_group, slices_per_group, part_of_group)
-        head0 = v // SLICES
-        dt0 = dt_at + head0 * stride_dt_h
-        after = gl.where(0 < first_pass, -ahead, 0) * Q + q
-        coming0 = gl.load(dt0 + after.to(gl.int64) * stride_dt_t, mask=after < tokens, other=0.0)
-        A0 = _factor(gl.load(A_ptr + head0), LOG_A)
-        bias0 = 0.0
-        if bias_ptr is not None:
-            bias0 = gl.load(bias_ptr + head0).to(gl.float32)
-        if HEADS == 2:
-            head1 = (v + second) // SLICES
-            dt1 = dt_at + head1 * stride_dt_h
-            coming1 = gl.load(dt1 + after.to(gl.int64) * stride_dt_t, mask=after < tokens, other=0.0)
-            A1 = _factor(gl.load(A_ptr + head1), LOG_A)
-            bias1 = 0.0
-            if bias_ptr is not None:
-                bias1 = gl.load(bias_ptr + head1).to(gl.float32)
-        # A leader's pairs have whole groups of chunks, so stages and places come as if its chunks were counted through.
-        before = piece * groups
-        used = gl.where(piece == 0, PLACES, 0)
-        # G lags two chunks behind, so that nobody waits for the decays of the next four.
-        for i in range(groups + 1):
-            if i < groups:
-                group = before + i
-                buffer = group & 1
-                mbarrier.wait(unknown.index(buffer), (group // 2 & 1) ^ 1)
-                at = after
-                after = gl.where(i + 1 < first_pass, (i + 1) * GROUP - ahead, (i + 1 - first_pass) * GROUP) * Q + q
-                dt = coming0
-                coming0 = gl.load(dt0 + after.to(gl.int64) * stride_dt_t, mask=after < tokens, other=0.0)
-                _decays(0, i, first_pass, dt, bias0, A0, grouped, halves, buffer, at, tokens, dt_min, dt_max, summed,
-                        chunk, SOFTPLUS, CLAMP, dtype)  # fmt: skip
-                if HEADS == 2:
-                    dt = coming1
-                    coming1 = gl.load(dt1 + after.to(gl.int64) * stride_dt_t, mask=after < tokens, other=0.0)
-                    _decays(1, i, first_pass, dt, bias1, A1, grouped, halves, buffer, at, tokens, dt_min, dt_max,
-                            summed, chunk, SOFTPLUS, CLAMP, dtype)  # fmt: skip
-                mbarrier.arrive(known.index(buffer), count=1)
-            if i == first_pass:
-                if SPLIT:
-                    mbarrier.wait(walking, 0)  # until then x lies here
-                if not SCORING:
-                    _wait_for_launches_before()
-                elif piece == 0:
-                    _await_scores(done_ptr, scorers, readers)
-                for n in gl.static_range(COMING):
-                    mbarrier.expect(there.index(n), Q * Q * 4, pred=n < chunks)
-                    _load(scores_desc, [sequence + g, first + n * Q, 0], there.index(n), products.index(FIRST + n),
-                          pred=n < chunks)  # fmt: skip
-            begin = gl.maximum((i - first_pass) * GROUP - 2, 0)
-            for c in range(begin, gl.minimum(gl.maximum((i - first_pass) * GROUP + 2, 0), chunks)):
-                group = (before + first_pass + c // GROUP) & 1
-                earlier = c + 2 * STAGES - PLACES  # the chunk whose G was in the same place
-                mbarrier.wait(read.index(earlier % STAGES), earlier // STAGES & 1, pred=c >= used)
-                mbarrier.wait(there.index(c % COMING), c // COMING & 1)
-                tile = products.index(FIRST + c % COMING).reshape([Q, Q])
-                for row in gl.static_range(2):
-                    scores = tile.slice(row * TILE, TILE).slice(0, TILE, dim=1).load(layout)  # [t, s]
-                    if row == 1:
-                        later = tile.slice(TILE, TILE).slice(TILE, TILE, dim=1).load(layout)
-                    for k in gl.static_range(HEADS):
-                        cum = _numbers(nums, k, group, c, _CUM, ROWS).slice(row * TILE, TILE)
-                        cum = cum.load(gl.SliceLayout(1, layout))
-                        entries = _numbers(nums, k, group, c, _ENTRY, ROWS)
-                        entry = entries.slice(0, TILE).load(gl.SliceLayout(0, layout))
-                        G = _decayed(scores, cum, entry, dtype, RELAXED)
-                        if row == 0:
-                            G &= causal
-                            beside = gl.zeros_like(G)  # above the diagonal
-                        else:
-                            entry = entries.slice(TILE, TILE).load(gl.SliceLayout(0, layout))
-                            beside = _decayed(later, cum, entry, dtype, RELAXED) & causal
-                        G = _halves(gl.join(G, beside).permute([0, 2, 1]).reshape([TILE, TILE]), dtype)
-                        Gs.index(4 + k * PLACES + c % PLACES).slice(row * TILE, TILE).store(G)
-                fence_async_shared()
-                mbarrier.arrive(full.index(c % STAGES), count=1)
-                next = c + COMING
-                mbarrier.expect(there.index(c % COMING), Q * Q * 4, pred=next < chunks)
-                _load(scores_desc, [sequence + g, first + next * Q, 0], there.index(c % COMING),
-                      products.index(FIRST + c % COMING), pred=next < chunks)  # fmt: skip
+    # G lags two chunks behind, so that nobody waits for the decays of the next four.
+    for i in range(groups + 1):
+        if i < groups:
+            buffer = i & 1
+            mbarrier.wait(unknown.index(buffer), (i // 2 & 1) ^ 1)
+            at = after
+            after = gl.where(i + 1 < first_pass, (i + 1) * GROUP - ahead, (i + 1 - first_pass) * GROUP)
+            if DEALT:
+                after += gl.where((i + 1 < first_pass) & ((i + 1) * GROUP >= ahead), gap, 0)
+            after = after * Q + q
+            dt = coming0
+            coming0 = gl.load(dt0 + after.to(gl.int64) * stride_dt_t, mask=after < tokens, other=0.0)
+            _decays(0, i, first_pass, dt, bias0, A0, grouped, halves, buffer, at, tokens, dt_min, dt_max, summed, chunk,
+                    ahead, gap, SOFTPLUS, CLAMP, DEALT, dtype)  # fmt: skip
+            if HEADS == 2:
+                dt = coming1
+                coming1 = gl.load(dt1 + after.to(gl.int64) * stride_dt_t, mask=after < tokens, other=0.0)
+                _decays(1, i, first_pass, dt, bias1, A1, grouped, halves, buffer, at, tokens, dt_min, dt_max, summed,
+                        chunk, ahead, gap, SOFTPLUS, CLAMP, DEALT, dtype)  # fmt: skip
+            mbarrier.arrive(known.index(buffer), count=1)
+        if i == first_pass:
+            if SPLIT:
+                mbarrier.wait(walking, 0)  # until then x lies here
+            if SCORING:
+                _await_scores(done_ptr, scorers, readers)
+            else:
+                _wait_for_launches_before()
+            for n in gl.static_range(COMING):
+                mbarrier.expect(there.index(n), Q * Q * 4, pred=n < chunks)
+                _load(scores_desc, [sequence, first + n * Q, 0], there.index(n), products.index(FIRST + n),
+                      pred=n < chunks)  # fmt: skip
+        begin = gl.maximum((i - first_pass) * GROUP - 2, 0)
+        for c in range(begin, gl.minimum(gl.maximum((i - first_pass) * GROUP + 2, 0), chunks)):
+            group = (first_pass + c // GROUP) & 1
+            # the chunk whose G was in the same place
+            mbarrier.wait(read.index((c + STAGES - PLACES) % STAGES), (c - PLACES) // STAGES & 1, pred=c >= PLACES)
+            mbarrier.wait(there.index(c % COMING), c // COMING & 1)
+            tile = products.index(FIRST + c % COMING).reshape([Q, Q])
+            for row in gl.static_range(2):
+                scores = tile.slice(row * TILE, TILE).slice(0, TILE, dim=1).load(layout)  # [t, s]
+                if row == 1:
+                    later = tile.slice(TILE, TILE).slice(TILE, TILE, dim=1).load(layout)
+                for k in gl.static_range(HEADS):
+                    cum = _numbers(nums, k, group, c, _CUM, ROWS).slice(row * TILE, TILE)
+                    cum = cum.load(gl.SliceLayout(1, layout))
+                    entries = _numbers(nums, k, group, c, _ENTRY, ROWS)
+                    G = _decayed(scores, cum, entries.slice(0, TILE).load(gl.SliceLayout(0, layout)), dtype, RELAXED)
+                    if row == 0:
+                        G &= causal
+                        beside = gl.zeros_like(G)  # above the diagonal
+                    else:
+                        entry = entries.slice(TILE, TILE).load(gl.SliceLayout(0, layout))
+                        beside = _decayed(later, cum, entry, dtype, RELAXED) & causal
+                    G = _halves(gl.join(G, beside).permute([0, 2, 1]).reshape([TILE, TILE]), dtype)
+                    Gs.index(4 + k * PLACES + c % PLACES).slice(row * TILE, TILE).store(G)
+            fence_async_shared()
+            mbarrier.arrive(full.index(c % STAGES), count=1)
+            next = c + COMING
+            mbarrier.expect(there.index(c % COMING), Q * Q * 4, pred=next < chunks)
+            _load(scores_desc, [sequence, first + next * Q, 0], there.index(c % COMING),
+                  products.index(FIRST + c % COMING), pred=next < chunks)  # fmt: skip
 
 
 @gluon.jit
@@ -255,29 +258,15 @@ def _columns(v, W: gl.constexpr):
 
 
 @gluon.jit
-def _own(
-    D_ptr, pair, k: gl.constexpr, blocks_per_group, slices_per_group, part_of_group, stride_D_h, stride_D_p,
-    SLICES: gl.constexpr, layout: gl.constexpr,
-):  # fmt: skip
-    """D of the channels of a pair's slice k, [P]."""
-    _, v, second = _pair_of(pair, blocks_per_group, slices_per_group, part_of_group)
-    v += k * second
-    at = D_ptr + v // SLICES * stride_D_h + v % SLICES * Q * stride_D_p
-    return gl.load(at + gl.arange(0, Q, gl.SliceLayout(1, layout)) * stride_D_p).to(gl.float32)
-
-
-@gluon.jit
 def _walk_role(
     k: gl.constexpr,
-    D_ptr, init_ptr, final_ptr, handed_ptr, passed_ptr, flag_ptr, xs, Bs, Cs, zs, nums, came, summed_up,
+    D_ptr, D_at, init_ptr, final_ptr, handed_ptr, passed_ptr, flag_ptr, xs, Bs, Cs, zs, nums, came, summed_up,
     begun, read, full, known, unknown, walked, gated, walking,
     there,  # whether the slice is: a group of an odd number of slices leaves one over
     state_row, handed_row,
     parts,  # of all blocks
-    stride_D_h, stride_D_p, seg, segments, slices_before, pair, pieces, blocks_per_group, slices_per_group,
-    part_of_group, ahead, summed, chunks,
-    SLICES: gl.constexpr, GATED: gl.constexpr, STORE_FINAL: gl.constexpr, SPLIT: gl.constexpr, LEADS: gl.constexpr,
-    Y_SCALE: gl.constexpr,
+    stride_D_p, seg, segments, ahead, summed, chunks, links,
+    GATED: gl.constexpr, STORE_FINAL: gl.constexpr, SPLIT: gl.constexpr, DEALT: gl.constexpr, Y_SCALE: gl.constexpr,
     HEADS: gl.constexpr, PLACES: gl.constexpr,
 ):  # fmt: skip
     head: gl.constexpr = k if HEADS == 2 else 0
@@ -297,29 +286,31 @@ def _walk_role(
     group = 0
     turn = 0
     if SPLIT:
-        decay = gl.full([Q], 1.0, gl.float32, gl.SliceLayout(1, wide))
+        decay = gl.full([1], 1.0, gl.float32, gl.SliceLayout(1, wide))
         before_segment = decay
         element: gl.constexpr = handed_ptr.dtype.element_ty
         kept = handed_ptr + parts.to(gl.int64) * (Q * N) + handed_row
+        skip = links >> SKIPS & 3 if DEALT else 0  # places are counted without them
         xT = _fetch(k, xs, came, 0, 0, summed > 0, 2, narrow)
         mbarrier.wait(known.index(group), turn)
-        left, rest = _weights(nums, head, group, 0, dtype, gl.SliceLayout(0, narrow), ROWS)
+        left, rest = _weights(nums, head, group, skip, dtype, gl.SliceLayout(0, narrow), ROWS)
         part = _product(xT, rest[None, :])
-        total = _total(nums, head, group, 0, gl.SliceLayout(1, wide))
+        total = _total(nums, head, group, skip, gl.SliceLayout(1, wide))
         for half in gl.static_range(2):  # up to where the segment begins, and on from there
-            for c in range(0 if half == 0 else ahead, ahead if half == 0 else summed):
+            for c in range(skip if half == 0 else ahead, ahead if half == 0 else summed):
                 if c % GROUP == 0:
                     decay *= total
                     state *= total[:, None]
                 weighted = _sum_of_products(xT, left[None, :], part)
-                sum = warpgroup_mma(weighted, Bs.index(c % DEEP).reshape([Q, N]), state, is_async=True)
+                sum = warpgroup_mma(weighted, Bs.index((c - skip) % DEEP).reshape([Q, N]), state, is_async=True)
                 last = (c % GROUP == GROUP - 1) | (c + 1 == summed)
                 unneeded = group
                 if last:
                     group, turn = _advance(group, turn, 2)
                 # While the product runs, all but the last: what ptxas sees written while one runs, it waits for.
                 after = c + 1
-                xT = _fetch(k, xs, came, after % DEEP, after // DEEP & 1, after < summed, 2, narrow)
+                place = after - skip
+                xT = _fetch(k, xs, came, place % DEEP, place // DEEP & 1, after < summed, 2, narrow)
                 mbarrier.wait(known.index(group), turn, pred=last & (after < summed))
                 there_are = gl.where(after < summed, group, unneeded)  # numbers: after the last chunk nobody needs any
                 after = gl.where(after < summed, after, c)
@@ -327,193 +318,155 @@ def _walk_role(
                 part = _product(xT, rest[None, :])
                 total = _total(nums, head, there_are, after, gl.SliceLayout(1, wide))
                 state = warpgroup_mma_wait(0, [sum])
-                mbarrier.arrive(summed_up.index(c % DEEP), count=1)
+                mbarrier.arrive(summed_up.index((c - skip) % DEEP), count=1)
                 if last:
                     mbarrier.arrive(unknown.index(unneeded), count=1)
             if half == 0:
                 before_segment = decay
-                if (there != 0) & (ahead > 0):  # what of the segment's first state this block itself has summed up
+                if (
+                    links & KEEPS != 0 if DEALT else (there != 0) & (ahead > 0)
+                ):  # what of the segment's first state this block itself has summed up
                     gl.store(_places(kept, N, wide), state.to(element))
         mbarrier.arrive(walking, count=1)
-        if (there != 0) & (seg >= 0) if LEADS else there != 0:
+        if DEALT:
+            state = _hand_on(state, decay, at, init_ptr, handed_ptr, handed_row, passed_ptr, flag_ptr, state_row,
+                             links, N, kept, before_segment)  # fmt: skip
+        elif there != 0:
             state = _hand_over(state, decay, at, init_ptr, handed_ptr, handed_row, passed_ptr, flag_ptr, state_row, seg,
                                segments, N, kept, before_segment, ahead)  # fmt: skip
-    if init_ptr is not None and (LEADS or not SPLIT):
-        if seg < 0 if LEADS else there != 0:
+    elif init_ptr is not None:
+        if there != 0:
             state = gl.load(init_ptr + state_row + at).to(gl.float32)
 
     if D_ptr is not None:
-        D = _own(D_ptr, pair, k, blocks_per_group, slices_per_group, part_of_group, stride_D_h, stride_D_p, SLICES,
-                 mma)  # fmt: skip
+        D = gl.load(D_ptr + D_at + gl.arange(0, Q, gl.SliceLayout(1, mma)) * stride_D_p).to(gl.float32)
     halves = _columns(state, N)
     low = gl.convert_layout(halves[0], wide, assert_trivial=True)
     high = gl.convert_layout(halves[1], wide, assert_trivial=True)
     B_halves = _seen_as(Cs, dtype, [4 * STAGES, 1, Q, N // 2], gl.NVMMASharedLayout(128, 16, rank=3))
     mbarrier.wait(begun.index(0), 0)
     mbarrier.wait(known.index(group), turn)
-    for piece in range(pieces):
-        next = gl.minimum(piece + 1, pieces - 1)
-        to_come = chunks + gl.where(piece + 1 < pieces, 1, 0)
-        for c in range(chunks):
-            stage = c % STAGES
-            y = gl.zeros((Q, Q), gl.float32, mma)
-            for quarter in gl.static_range(4):
-                before = _columns(low if quarter < 2 else high, N // 2)[quarter % 2]
-                before = gl.convert_layout(before.to(dtype), narrow)
-                C = Cs.index(4 * (STAGES + stage) + quarter).reshape([Q, Q])
-                y = warpgroup_mma(before, C.permute([1, 0]), y, use_acc=quarter > 0, is_async=True)
-                if PIPED:  # there are registers for two quarters
-                    if quarter == 1 or quarter == 2:
-                        y = warpgroup_mma_wait(1, [y])
-                elif quarter < 3:
-                    y = warpgroup_mma_wait(0, [y])
-            mbarrier.wait(full.index(stage), c // STAGES & 1)
+    for c in range(chunks):
+        stage = c % STAGES
+        y = gl.zeros((Q, Q), gl.float32, mma)
+        for quarter in gl.static_range(4):
+            before = _columns(low if quarter < 2 else high, N // 2)[quarter % 2]
+            before = gl.convert_layout(before.to(dtype), narrow)
+            C = Cs.index(4 * (STAGES + stage) + quarter).reshape([Q, Q])
+            y = warpgroup_mma(before, C.permute([1, 0]), y, use_acc=quarter > 0, is_async=True)
+            if PIPED:  # there are registers for two quarters
+                if quarter == 1 or quarter == 2:
+                    y = warpgroup_mma_wait(1, [y])
+            elif quarter < 3:
+                y = warpgroup_mma_wait(0, [y])
+        mbarrier.wait(full.index(stage), c // STAGES & 1)
+        y = warpgroup_mma_wait(0, [y])
+        xT = xs.index(stage * 2 + k).reshape([Q, Q]).permute([1, 0]).load(narrow)
+        y = y * _numbers(nums, head, group, c, _SINCE, ROWS).load(gl.SliceLayout(0, mma))[None, :]
+        if D_ptr is not None:
+            y += gl.convert_layout(_widen(xT), mma) * D[:, None]
+        G = Gs.index(4 + head * PLACES + c % PLACES)
+        y = warpgroup_mma(xT, G.permute([1, 0]), y, is_async=True)
+        if (dtype != gl.bfloat16) | (c % 2 == 0):
+            total = _over_two(nums, head, group, c, dtype, gl.SliceLayout(1, wide))
+            low *= total[:, None]
+            high *= total[:, None]
+        if not PIPED:
             y = warpgroup_mma_wait(0, [y])
-            xT = xs.index(stage * 2 + k).reshape([Q, Q]).permute([1, 0]).load(narrow)
-            y = y * _numbers(nums, head, group, c, _SINCE, ROWS).load(gl.SliceLayout(0, mma))[None, :]
-            if D_ptr is not None:
-                y += gl.convert_layout(_widen(xT), mma) * D[:, None]
-            G = Gs.index(4 + head * PLACES + c % PLACES)
-            y = warpgroup_mma(xT, G.permute([1, 0]), y, is_async=True)
-            if (dtype != gl.bfloat16) | (c % 2 == 0):
-                total = _over_two(nums, head, group, c, dtype, gl.SliceLayout(1, wide))
-                low *= total[:, None]
-                high *= total[:, None]
-            if not PIPED:
-                y = warpgroup_mma_wait(0, [y])
-            value, rest = _weights(nums, head, group, c, dtype, gl.SliceLayout(0, narrow), ROWS)
-            weighted = _sum_of_products(xT, value[None, :], _product(xT, rest[None, :]))
-            if PIPED:
-                y = warpgroup_mma_wait(0, [y])
-            mbarrier.arrive(read.index(stage), count=1)
-            sum_low = warpgroup_mma(weighted, B_halves.index(2 * stage).reshape([Q, N // 2]), low, is_async=True)
-            sum_high = warpgroup_mma(weighted, B_halves.index(2 * stage + 1).reshape([Q, N // 2]), high, is_async=True)
-            # in the shadow of the state's products
-            coming = c + 1
-            last = coming % GROUP == 0
-            unneeded = group
-            if last:
-                group, turn = _advance(group, turn, 2)
-            mbarrier.wait(begun.index(coming % STAGES), coming // STAGES & 1, pred=coming < to_come)
-            mbarrier.wait(known.index(group), turn, pred=last & (coming < to_come))
-            # Behind these waits, over which ptxas moves nothing: it would round y before the products.
-            if GATED:
-                mbarrier.wait(gated.index(k), c & 1)
-                z = zs.index(k).reshape([Q, Q]).permute([1, 0]).load(narrow)
-                y *= _silu(gl.convert_layout(z, mma).to(gl.float32))
-            xs.index(stage * 2 + k).reshape([Q, Q]).permute([1, 0]).store((y * Y_SCALE).to(dtype))
-            low, high = warpgroup_mma_wait(0, [sum_low, sum_high])  # pyrefly: ignore
-            mbarrier.arrive(walked.index(2 * stage + k), count=1)
-            if last:
-                mbarrier.arrive(unknown.index(unneeded), count=1)
-        # A leader goes on to the next pair of slices. No branch: ptxas would order the chunks' loop otherwise.
-        if LEADS:
-            if D_ptr is not None:
-                D = _own(D_ptr, pair + next, k, blocks_per_group, slices_per_group, part_of_group, stride_D_h,
-                         stride_D_p, SLICES, mma)  # fmt: skip
-            keep = gl.where(piece + 1 < pieces, 0, -1)
-            low = (low.to(gl.int32, bitcast=True) & keep).to(gl.float32, bitcast=True)
-            high = (high.to(gl.int32, bitcast=True) & keep).to(gl.float32, bitcast=True)
-            if init_ptr is not None:
-                _, v, second = _pair_of(pair + next, blocks_per_group, slices_per_group, part_of_group)
-                row = init_ptr + (slices_before + v + k * second).to(gl.int64) * (Q * N)
-                halves = _columns(gl.load(row + at, mask=piece + 1 < pieces, other=0.0).to(gl.float32), N)
-                low += gl.convert_layout(halves[0], wide, assert_trivial=True)
-                high += gl.convert_layout(halves[1], wide, assert_trivial=True)
+        value, rest = _weights(nums, head, group, c, dtype, gl.SliceLayout(0, narrow), ROWS)
+        weighted = _sum_of_products(xT, value[None, :], _product(xT, rest[None, :]))
+        if PIPED:
+            y = warpgroup_mma_wait(0, [y])
+        mbarrier.arrive(read.index(stage), count=1)
+        sum_low = warpgroup_mma(weighted, B_halves.index(2 * stage).reshape([Q, N // 2]), low, is_async=True)
+        sum_high = warpgroup_mma(weighted, B_halves.index(2 * stage + 1).reshape([Q, N // 2]), high, is_async=True)
+        # in the shadow of the state's products
+        coming = c + 1
+        last = coming % GROUP == 0
+        unneeded = group
+        if last:
+            group, turn = _advance(group, turn, 2)
+        mbarrier.wait(begun.index(coming % STAGES), coming // STAGES & 1, pred=coming < chunks)
+        mbarrier.wait(known.index(group), turn, pred=last & (coming < chunks))
+        # Behind these waits, over which ptxas moves nothing: it would round y before the products.
+        if GATED:
+            mbarrier.wait(gated.index(k), c & 1)
+            z = zs.index(k).reshape([Q, Q]).permute([1, 0]).load(narrow)
+            y *= _silu(gl.convert_layout(z, mma).to(gl.float32))
+        xs.index(stage * 2 + k).reshape([Q, Q]).permute([1, 0]).store((y * Y_SCALE).to(dtype))
+        low, high = warpgroup_mma_wait(0, [sum_low, sum_high])  # pyrefly: ignore
+        mbarrier.arrive(walked.index(2 * stage + k), count=1)
+        if last:
+            mbarrier.arrive(unknown.index(unneeded), count=1)
     if STORE_FINAL:
-        if there != 0:
-            if seg + 1 == segments:
-                state = gl.join(low, high).permute([0, 2, 1]).reshape([Q, N])
-                state = gl.convert_layout(state, wide, assert_trivial=True)
-                gl.store(gl.max_contiguous(gl.multiple_of(final_ptr + state_row + at, [8, 8]), [1, 8]), state)
+        if links & STORES != 0 if DEALT else (there != 0) & (seg + 1 == segments):
+            state = gl.join(low, high).permute([0, 2, 1]).reshape([Q, N])
+            state = gl.convert_layout(state, wide, assert_trivial=True)
+            gl.store(gl.max_contiguous(gl.multiple_of(final_ptr + state_row + at, [8, 8]), [1, 8]), state)
+
+
+@gluon.jit
+def _inits(
+    came, summed_up, begun, read, full, walked, known, unknown, there, gated, walking, scored,
+    SPLIT: gl.constexpr,
+    ALL: gl.constexpr,  # or all but those of the first chunk's loads, which are under way
+):  # fmt: skip
+    for i in gl.static_range(DEEP):  # one of a kind at a time: Triton puts a barrier between two
+        if SPLIT:
+            if ALL or i > 0:
+                mbarrier.init(came.index(i), count=1)
+            mbarrier.init(summed_up.index(i), count=2)  # the walkers
+        mbarrier.init(walked.index(i), count=1)
+        if i < 2:
+            if SPLIT or i > 0:
+                mbarrier.init(begun.index(i), count=1)
+                mbarrier.init(full.index(i), count=4)  # B, x of both walkers, G
+            mbarrier.init(read.index(i), count=2)
+            mbarrier.init(known.index(i), count=1)
+            mbarrier.init(unknown.index(i), count=2)
+            mbarrier.init(there.index(i), count=1)
+            mbarrier.init(gated.index(i), count=1)
+            if ALL:
+                mbarrier.init(scored.index(i), count=1)
+    mbarrier.init(walking, count=2)
+    fence_async_shared()
 
 
 _SIZES = ["T", "slices", "slices_per_group", "blocks_per_group", "groups", "segments", "chunks_per_segment"]
 _STRIDES = ["stride_dt_b", "stride_dt_t", "stride_dt_h", "stride_D_h", "stride_D_p"]
 
 
-@gluon.jit(
-    do_not_specialize=[
-        *_SIZES,
-        "parts",
-        "part_of_group",
-        "part_of_segment",
-        "more",
-        "lead",
-        "leaders",
-        "pieces",
-        "extra",
-        "beside",
-        *_STRIDES,
-    ]
-)
+@gluon.jit(do_not_specialize=[*_SIZES, "parts", "more", "scorers", *_STRIDES])
 def wide_kernel(
     dt_ptr, x_desc, B_desc, C_desc, z_desc, y_desc, A_ptr, D_ptr, bias_ptr, init_ptr, final_ptr, handed_ptr, sync_ptr,
     scores_desc,  # C B^T of all chunks, (batch * groups, chunks * t, s)
     scores_ptr,
+    dealt_ptr,  # of each block of a sequence, what it walks: (batch, blocks); None where segments are equal
+    falls_ptr,  # log2 of the decay over each chunk: (batch, heads, chunks)
+    turns_ptr,  # of each sequence, how often blocks that score are through with a turn, and have asked for one
     T,
     slices,  # of 64 channels, in all heads
     slices_per_group,
     blocks_per_group,
     groups,
-    segments,
+    segments,  # where they are dealt out, how many of a slice there are places for
     chunks_per_segment,
     parts,  # segments of all slices of all sequences
-    part_of_group,  # that a block is of its group's, as `_pair_of` takes it
+    part_of_group,  # that a block is of its group's, 1 / blocks_per_group
     share,
-    part_of_segment,  # that a block is of its segment's, too
     more,  # chunks of the first segment, which looks back to nobody
-    lead,  # chunks before the first segment
-    leaders,  # blocks of a sequence that walk those, of several pairs of slices, one after the other
-    pieces,  # that is of how many pairs, at most
-    extra,  # blocks of a sequence before those of segments: leaders, and maybe more that only work out scores
-    beside,  # blocks of a segment before those that walk: they only work out its scores, if there are no leaders
+    scorers,  # blocks of a segment that work out its scores, before those that walk
     dt_min, dt_max, stride_dt_b, stride_dt_t, stride_dt_h, stride_D_h, stride_D_p,
     SLICES: gl.constexpr,  # of one head
     SOFTPLUS: gl.constexpr, CLAMP: gl.constexpr, GATED: gl.constexpr, STORE_FINAL: gl.constexpr, SPLIT: gl.constexpr,
     RELAXED: gl.constexpr, LOG_A: gl.constexpr, Y_SCALE: gl.constexpr,
-    SCORING: gl.constexpr,
-    LEADS: gl.constexpr,  # whether there are leaders: short sequences have none, nor what they need in the others' way
+    SCORING: gl.constexpr,  # whether blocks work out scores
+    DEALT: gl.constexpr,  # whether segments are dealt out, by a launch before this one
 ):  # fmt: skip
     dtype: gl.constexpr = x_desc.dtype
     HEADS: gl.constexpr = 2 if SLICES % 2 == 1 else 1  # two slices of one head share all but x
     PLACES: gl.constexpr = 1 if GATED and HEADS == 2 else 2  # for G of a head: shared memory is full
     COMING: gl.constexpr = 1 if GATED or HEADS == 2 else 2  # and for C B^T
-    # as in `fastmamba.kernels.ssd_hopper`
-    block = gl.program_id(0)
-    b = gl.program_id(1)
-    pairs = groups * blocks_per_group
-    # Leaders, or a segment's scorers, come first: who waits for them waits for blocks that have started.
-    leads = gl.constexpr(False)
-    if LEADS:
-        block -= extra
-        leads = block < 0
-        seg = gl.where(leads, -1, block * part_of_segment >> BITS)
-        block -= seg * (beside + pairs)
-        pair = gl.where(leads, gl.program_id(0) * pieces, block - beside)
-    else:
-        seg = block * part_of_segment >> BITS
-        pair = block - seg * (beside + pairs) - beside
-    g, v, second = _pair_of(pair, blocks_per_group, slices_per_group, part_of_group)
-
-    first_chunk = lead + seg * chunks_per_segment + gl.where(seg > 0, more, 0)
-    total = (T + Q - 1) // Q
-    last = seg + 1 == segments
-    chunks = chunks_per_segment + gl.where(seg == 0, more, 0)
-    begins = (lead + more).to(gl.float32) / GROUP
-    ahead = gl.where(seg > 0, _ahead(seg, share, first=begins), lead)
-    unsummed = last  # nobody needs what its own chunks add to the state
-    if LEADS:
-        unsummed = last | leads
-        first_chunk = gl.where(leads, 0, first_chunk)
-        chunks = gl.where(leads, lead, chunks)
-        ahead = gl.where(leads, 0, ahead)
-    first = first_chunk * Q
-    chunks = gl.where(last, total - first_chunk, chunks)  # the last one takes what is left
-    summed = gl.where(unsummed, ahead, ahead + chunks - _ahead(seg + 1, share, first=begins))
-    tokens = T - first
-    head0 = v // SLICES
-    v1 = v + second
 
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=3)
     lone: gl.constexpr = mbarrier.MBarrierLayout()
@@ -536,39 +489,116 @@ def wide_kernel(
     there = gl.allocate_shared_memory(gl.int64, [2, 1], lone)
     gated = gl.allocate_shared_memory(gl.int64, [2, 1], lone)
     walking = gl.allocate_shared_memory(gl.int64, [1], lone)
-    here = gl.constexpr(1)  # how many pairs of slices this block walks
-    if LEADS:
-        here = gl.where(leads, gl.minimum(pieces, pairs - pair), 1)
-    done = sync_ptr
-    scorers = extra + beside  # that this block waits for
-    readers = 0
-    if SCORING:
-        done = sync_ptr + parts + b * segments + gl.where(beside > 0, seg, 0)
-        readers = gl.where(beside > 0, pairs, pairs * segments + leaders)
-        if leads if LEADS else pair < 0:
-            scored = gl.allocate_shared_memory(gl.int64, [STAGES, 1], lone)
-            which = gl.where(leads, gl.program_id(0), pair + beside)
-            _score(B_desc, C_desc, scores_ptr, done, Bs, quarters, scored, which, scorers, b, first_chunk,
-                   gl.where(leads, total, chunks), total)  # fmt: skip
-            if not LEADS:
-                return
-    if LEADS:
-        if here <= 0:  # it has only worked out scores
+    scored = begun
+    if DEALT:
+        scored = gl.allocate_shared_memory(gl.int64, [STAGES, 1], lone)
+
+    # as in `fastmamba.kernels.ssd_hopper`
+    block = gl.program_id(0)
+    total = (T + Q - 1) // Q
+    gap = gl.constexpr(0)
+    links = gl.constexpr(0)
+    links1 = gl.constexpr(0)
+    places = segments
+    if DEALT:
+        b = gl.program_id(1)
+        _inits(came, summed_up, begun, read, full, walked, known, unknown, there, gated, walking, scored, True, True)
+        readers = gl.num_programs(0)
+        done = turns_ptr + 2 * b
+        each = (groups * total + readers - 1) // readers
+        scorers = (groups * total + each - 1) // each
+        sync_threads()
+        _score_by_turns(
+            B_desc, C_desc, scores_ptr, done + 1, done, Bs, quarters, scored, b, scorers, each, total, groups
+        )
+        _wait_for_launches_before()
+        entry = gl.load(dealt_ptr + (b * readers + block))
+        if entry < 0:
+            _await_scores(done, scorers, readers)
             return
+        block = entry & 0xFFFF
+        seg = entry >> 16 & 0xFF
+        segments = entry >> 24
+    else:
+        done = sync_ptr
+        readers = 0
+        if SCORING:
+            block -= scorers
+        seg = gl.program_id(1)
+        b = gl.program_id(2)
+    g = ((block.to(gl.float32) + 0.5) * part_of_group).to(gl.int32)
+    place = (block - g * blocks_per_group) * 2
+    v = g * slices_per_group + place
+    second = (place + 1 < slices_per_group).to(gl.int32)
+    head0 = v // SLICES
+    v1 = v + second
+    head1 = v1 // SLICES
+
+    if DEALT:
+        first_chunk = seg * total // segments
+        chunks = (seg + 1) * total // segments - first_chunk
+        falls = falls_ptr + (b.to(gl.int64) * (slices // SLICES) + head0) * total
+        ahead, summed, gap, links = _passes(falls, (head1 - head0) * total, seg, segments, total, HEADS)
+    else:
+        first_chunk = seg * chunks_per_segment + gl.where(seg > 0, more, 0)
+        last = seg + 1 == segments
+        chunks = chunks_per_segment + gl.where(seg == 0, more, 0)
+        chunks = gl.where(last, total - first_chunk, chunks)  # the last one takes what is left
+        begins = more.to(gl.float32) / GROUP
+        ahead = gl.where(seg > 0, _ahead(seg, share, first=begins), 0)
+        summed = ahead + gl.where(last, 0, chunks - _ahead(seg + 1, share, first=begins))
+    if DEALT:  # what is not there hands nothing on, and stores nothing
+        links1 = links * second
+    first = first_chunk * Q
+    tokens = T - first
+    if SCORING and not DEALT:
+        readers = blocks_per_group
+        done = sync_ptr + parts + b * segments + seg
+        if block < 0:
+            for i in gl.static_range(STAGES):
+                mbarrier.init(begun.index(i), count=1)
+            fence_async_shared()
+            sync_threads()
+            _score(B_desc, C_desc, scores_ptr, Bs, quarters, begun, 0, b, first_chunk + block + scorers,
+                   first_chunk + chunks, scorers, total, groups)  # fmt: skip
+            gl.atomic_add(done, 1, sem="release")
+            return
+    # All that the first decays wait for is loaded before there are roles.
+    A0 = gl.load(A_ptr + head0)
+    A1 = A0
+    bias0 = 0.0
+    bias1 = 0.0
+    if bias_ptr is not None:
+        bias0 = gl.load(bias_ptr + head0)
+    if HEADS == 2:
+        A1 = gl.load(A_ptr + head1)
+        if bias_ptr is not None:
+            bias1 = gl.load(bias_ptr + head1)
     dt_at = dt_ptr + b.to(gl.int64) * stride_dt_b + first.to(gl.int64) * stride_dt_t
     dt0 = dt_at + head0 * stride_dt_h
-    # What the first chunk waits for is on its way before anything else: dt and A, then x, B and C.
-    early = gl.arange(0, GROUP * Q, gl.BlockedLayout([1], [32], [4], [0])) - ahead * Q
-    early = gl.minimum(early, tokens - 1)
-    prefetch(dt0 + early.to(gl.int64) * stride_dt_t)
-    prefetch(A_ptr + head0)
-    if bias_ptr is not None:
-        prefetch(bias_ptr + head0)
+    dt1 = dt_at + head1 * stride_dt_h
+    skip = gl.constexpr(0)
+    begin = -ahead
+    if DEALT:
+        skip = links >> SKIPS & 3
+        begin += gl.where((ahead == 0) & (summed > 0), gap, 0)
+    early = begin * Q + gl.arange(0, GROUP, gl.SliceLayout(1, LINE))[:, None] * Q
+    early = gl.minimum(early + gl.arange(0, Q, gl.SliceLayout(0, LINE))[None, :], tokens - 1).to(gl.int64) * stride_dt_t
+    first_dt0 = load_bits(dt0 + early)
+    first_dt1 = 0
+    if HEADS == 2:
+        first_dt1 = load_bits(dt1 + early)
     if SPLIT:
-        mbarrier.init(came.index(0), count=1)
-        fence_async_shared()
-        sync_threads()
-        _load_first(x_desc, B_desc, xs, Bs, came.index(0), 0, b, first - ahead * Q, v, g, summed > 0)
+        if DEALT:
+            sync_threads()
+        else:
+            mbarrier.init(came.index(0), count=1)
+            fence_async_shared()
+            sync_threads()
+        _load_first(x_desc, B_desc, xs, Bs, came.index(0), 0, b, first + (begin + skip) * Q, v, g, summed > 0)
+        if DEALT:
+            t = first + (skip + 1 - ahead + gl.where(skip + 1 < ahead, 0, gap)) * Q
+            _load_first(x_desc, B_desc, xs, Bs, came.index(1), 1, b, t, v, g, skip + 1 < summed)
     else:
         mbarrier.init(begun.index(0), count=1)
         mbarrier.init(full.index(0), count=4)
@@ -578,53 +608,36 @@ def wide_kernel(
         for k in gl.static_range(2):
             _load_slice(x_desc, xs, full.index(0), k, b, first, v + k)
         _load_B(B_desc, Bs, full.index(0), 0, b, first, g)
-    for i in gl.static_range(DEEP):  # one of a kind at a time: Triton puts a barrier between two
-        if SPLIT:
-            if i > 0:
-                mbarrier.init(came.index(i), count=1)
-            mbarrier.init(summed_up.index(i), count=2)  # the walkers
-        mbarrier.init(walked.index(i), count=1)
-        if i < 2:
-            if SPLIT or i > 0:
-                mbarrier.init(begun.index(i), count=1)
-                mbarrier.init(full.index(i), count=4)  # B, x of both walkers, G
-            mbarrier.init(read.index(i), count=2)
-            mbarrier.init(known.index(i), count=1)
-            mbarrier.init(unknown.index(i), count=2)
-            mbarrier.init(there.index(i), count=1)
-            mbarrier.init(gated.index(i), count=1)
-    mbarrier.init(walking, count=2)
-    fence_async_shared()
-    sync_threads()
+    if not DEALT:
+        _inits(came, summed_up, begun, read, full, walked, known, unknown, there, gated, walking, scored, SPLIT, False)
+        sync_threads()
 
     state_row = (b.to(gl.int64) * slices + v) * (Q * N)
     state_row1 = (b.to(gl.int64) * slices + v1) * (Q * N)
     handed_row, handed_row1, passed, passed1, flag, flag1 = _ways(
-        b, v, v1, slices, seg, segments, parts, handed_ptr, sync_ptr, N
+        b, v, v1, slices, seg, places, parts, handed_ptr, sync_ptr, N
     )
+    D0 = head0 * stride_D_h + v % SLICES * Q * stride_D_p
+    D1 = head1 * stride_D_h + v1 % SLICES * Q * stride_D_p
+
     # fmt: off
     gl.warp_specialize(
         [
-            (_numbers_role, (dt_at, stride_dt_h, A_ptr, bias_ptr, scores_desc, xs, there, b * groups, first, pair, here,
-                             blocks_per_group, slices_per_group, part_of_group, nums, known, unknown, full, read,
-                             walking, done, scorers, readers, stride_dt_t, dt_min, dt_max, tokens, ahead, summed,
-                             chunks, SLICES, SOFTPLUS, CLAMP, SPLIT, RELAXED, LOG_A, dtype, HEADS, PLACES, COMING,
-                             SCORING)),
-            (_walk_role, (gl.constexpr(0), D_ptr, init_ptr, final_ptr, handed_ptr, passed, flag, xs, Bs, quarters, zs,
-                          nums, came, summed_up, begun, read, full, known, unknown, walked, gated, walking,
-                          second * 0 + 1, state_row, handed_row, parts, stride_D_h, stride_D_p, seg, segments,
-                          b * slices, pair, here, blocks_per_group, slices_per_group, part_of_group, ahead,
-                          summed, chunks, SLICES, GATED, STORE_FINAL, SPLIT, LEADS, Y_SCALE, HEADS, PLACES)),
-            (_walk_role, (gl.constexpr(1), D_ptr, init_ptr, final_ptr, handed_ptr, passed1, flag1, xs, Bs, quarters, zs,
-                          nums, came, summed_up, begun, read, full, known, unknown, walked, gated, walking,
-                          second, state_row1, handed_row1, parts, stride_D_h, stride_D_p, seg, segments,
-                          b * slices, pair, here, blocks_per_group, slices_per_group, part_of_group, ahead,
-                          summed, chunks, SLICES, GATED, STORE_FINAL, SPLIT, LEADS, Y_SCALE, HEADS, PLACES)),
-            (_load_role, (x_desc, B_desc, C_desc, xs, Bs, quarters, came, summed_up, begun, read, full, walked, walking,
-                          b, first, pair, here, blocks_per_group, slices_per_group, part_of_group, ahead,
-                          summed, chunks, SPLIT)),
-            (_store_role, (y_desc, x_desc, z_desc, xs, zs, full, walked, gated, b, first, pair, here,
-                           blocks_per_group, slices_per_group, part_of_group, chunks, GATED)),
+            (_numbers_role, (dt0, dt1, first_dt0, first_dt1, A0, A1, bias_ptr, bias0, bias1, scores_desc, xs, there,
+                             b * groups + g, first, nums, known, unknown, full, read, walking, done, scorers, readers,
+                             stride_dt_t, dt_min, dt_max, tokens, ahead, summed, chunks, gap, SOFTPLUS, CLAMP, SPLIT,
+                             RELAXED, LOG_A, dtype, HEADS, PLACES, COMING, SCORING, DEALT)),
+            (_walk_role, (gl.constexpr(0), D_ptr, D0, init_ptr, final_ptr, handed_ptr, passed, flag, xs, Bs, quarters,
+                          zs, nums, came, summed_up, begun, read, full, known, unknown, walked, gated, walking,
+                          second * 0 + 1, state_row, handed_row, parts, stride_D_p, seg, segments, ahead, summed,
+                          chunks, links, GATED, STORE_FINAL, SPLIT, DEALT, Y_SCALE, HEADS, PLACES)),
+            (_walk_role, (gl.constexpr(1), D_ptr, D1, init_ptr, final_ptr, handed_ptr, passed1, flag1, xs, Bs, quarters,
+                          zs, nums, came, summed_up, begun, read, full, known, unknown, walked, gated, walking,
+                          second, state_row1, handed_row1, parts, stride_D_p, seg, segments, ahead, summed,
+                          chunks, links1, GATED, STORE_FINAL, SPLIT, DEALT, Y_SCALE, HEADS, PLACES)),
+            (_load_role, (x_desc, B_desc, C_desc, xs, Bs, quarters, came, summed_up, begun, read, full, walked,
+                          b, first, v, g, ahead, skip, summed, chunks, gap, SPLIT, DEALT)),
+            (_store_role, (y_desc, x_desc, z_desc, xs, zs, full, walked, gated, b, first, v, second, chunks, GATED)),
         ],
         [4, 4, 1, 1],
         # of two heads the numbers take 72, of one head 40

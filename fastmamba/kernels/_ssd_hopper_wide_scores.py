@@ -5,7 +5,6 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -29,20 +28,22 @@ def _fence_copies(n):
 
 
 @gluon.jit
-def _score(B_desc, C_desc, scores_ptr, done_ptr, Bs, Cs, full, which, scorers, b, first_chunk, chunks, total):
-    """C B^T of every `scorers`-th of `chunks` from `which` on, for the blocks that walk them."""
+def _score(
+    B_desc, C_desc, scores_ptr, Bs, Cs, full, before, b, begin, end, step, total, groups,
+):  # fmt: skip
+    """C B^T of every `step`-th chunk from `begin` on, before `end`, of all groups, whose chunks follow each other.
+
+    `before` are the chunks that went through the stages before; the number of them that have then is returned.
+    """
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-    fence_async_shared()
-    sync_threads()
     t = gl.arange(0, Q, gl.SliceLayout(1, mma))
     s = gl.arange(0, Q, gl.SliceLayout(0, mma))
     for i in gl.static_range(STAGES):
-        c = which + i * scorers
-        _load_pair(B_desc, C_desc, Bs, Cs, full.index(i), i, b, (first_chunk + c) * Q, c < chunks)
-    for i in range((chunks - which + scorers - 1) // scorers):  # there may be more scorers than chunks
-        c = which + i * scorers
+        stage = (before + i) % STAGES
+        _load_pair(B_desc, C_desc, Bs, Cs, full.index(stage), stage, b, begin + i * step, end, total)
+    count = (gl.maximum(end - begin, 0) + step - 1) // step
+    for i in range(before, before + count):
+        c = begin + (i - before) * step
         stage = i % STAGES
         mbarrier.wait(full.index(stage), i // STAGES & 1)
         B = Bs.index(stage).reshape([Q, N])
@@ -51,20 +52,37 @@ def _score(B_desc, C_desc, scores_ptr, done_ptr, Bs, Cs, full, which, scorers, b
         scores = warpgroup_mma(C, B.permute([1, 0]), zeros, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(0, [scores])
         sync_threads()
-        coming = c + STAGES * scorers
-        _load_pair(B_desc, C_desc, Bs, Cs, full.index(stage), stage, b, (first_chunk + coming) * Q, coming < chunks)
-        row = (b * total + first_chunk + c).to(gl.int64) * (Q * Q)
+        _load_pair(B_desc, C_desc, Bs, Cs, full.index(stage), stage, b, c + STAGES * step, end, total)
+        row = (b * groups * total + c).to(gl.int64) * (Q * Q)
         gl.store(scores_ptr + row + (t[:, None] * Q + s[None, :]), scores)
-    for i in gl.static_range(STAGES):
-        mbarrier.invalidate(full.index(i))
-    _fence_copies(chunks)
+    _fence_copies(count)
     sync_threads()
-    gl.atomic_add(done_ptr, 1, sem="release")
+    return before + count
+
+
+@gluon.jit
+def _score_by_turns(B_desc, C_desc, scores_ptr, turn_ptr, done_ptr, Bs, Cs, full, b, turns, each, total, groups):
+    """C B^T of a sequence by all blocks that run, each of which takes `each` chunks at a turn while there are turns.
+
+    So whoever waits for scores waits for blocks that have started, however many find room at a time.
+    """
+    last = turns + gl.num_programs(0) - 1  # of all that ask
+    turn = gl.atomic_add(turn_ptr, 1, sem="relaxed")
+    done = turn * 0
+    while turn < turns:
+        coming = gl.atomic_add(turn_ptr, 1, sem="relaxed")
+        begin = turn * each
+        end = gl.minimum(begin + each, groups * total)
+        done = _score(B_desc, C_desc, scores_ptr, Bs, Cs, full, done, b, begin, end, 1, total, groups)
+        gl.atomic_add(done_ptr, 1, sem="release")
+        turn = coming
+    if turn == last:
+        gl.atomic_xchg(turn_ptr, 0, sem="relaxed")
 
 
 @gluon.jit
 def _await_scores(done_ptr, scorers, readers):
-    """Wait until the scores are there. The last of its readers leaves the count at zero."""
+    """Wait until a segment's scores are there. The last of its readers leaves the count at zero."""
     seen = 0
     while seen < scorers:
         seen = gl.inline_asm_elementwise(

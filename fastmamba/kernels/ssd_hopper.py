@@ -40,6 +40,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fastmamba.configs import SsdConfig, multiprocessors
+from fastmamba.kernels._before import Steps, before
+from fastmamba.kernels._dealt import Costs, Slots
 from fastmamba.kernels._launch import Launcher
 from fastmamba.kernels._scores import chunk_scores
 from fastmamba.kernels._ssd_hopper_copies import fence_inits, load_first, load_role, load_second, prefetch, store_role
@@ -48,7 +50,6 @@ from fastmamba.kernels._ssd_hopper_handover import _ahead, _ways
 from fastmamba.kernels._ssd_hopper_roles import scores_role, walk_role
 from fastmamba.kernels._ssd_hopper_terms import GROUP, MOST_PIECES, ROWS, Q, slices_of, sync_threads
 from fastmamba.kernels._ssd_hopper_wide import _SIZES, _STRIDES, wide_kernel
-from fastmamba.kernels._ssd_hopper_wide_copies import BITS
 from fastmamba.kernels._sync import zeros_left_as_found
 from fastmamba.ssd_plan import plan, scorers
 
@@ -304,6 +305,8 @@ def _kernel(
 
 _launch = Launcher(_kernel, described=True)
 _launch_wide = Launcher(wide_kernel, described=True)
+_WIDE = Costs(first=0.44, start=6.0, handover=2.0, wait=0.4)
+"""Of blocks that segments of states of 256 are dealt out to, of 3,270 clocks."""
 _TILE = gl.NVMMASharedLayout(128, 16, rank=3)
 _FLOATS = gl.NVMMASharedLayout(128, 32, rank=3)
 
@@ -376,14 +379,34 @@ def ssd(
     new = x.new_empty
     y = new(x.shape)
     final = new((batch, heads, head_dim, width) if return_final_states else (1,), dtype=torch.float32)
-    handed = sync = final  # not looked at unless the sequence is split
-    extra, beside = scorers(batch, groups, planned, available) if wide else (0, 0)
-    scoring = wide and groups == 1 and extra + beside > 0
+    handed = sync = dealt = falls = turns = final  # not looked at unless the sequence is split
+    A = A.contiguous()
+    dt_bias = None if dt_bias is None else dt_bias.contiguous()
+    scoring = 0
     if segments > 1:
         walks = batch * slices * segments
         # a state that a walker hands on, and one that it keeps for later
         handed = new(walks * (2 * 64 * width + 4 // state_dtype.itemsize), dtype=state_dtype)
-        sync = zeros_left_as_found(walks + (batch * segments if scoring else 0), x.device)
+        if planned.dealt:
+            steps = Steps(dt, A, dt_bias, dt_softplus, dt_min, dt_max, log_A)
+            slots = Slots(groups * blocks_per_group, head_dim // 64, slices_per_group, blocks_per_group, block_slices)
+            found = before(
+                steps,
+                slots,
+                _WIDE,
+                config.chunk,
+                planned.dealt,
+                groups=groups,
+                shared=True,
+                falls=True,
+                flags=walks,
+                overlap=True,
+            )
+            dealt, falls, sync = found.dealt, found.falls, found.flags
+            turns = zeros_left_as_found(2 * batch, x.device)
+        else:
+            scoring = scorers(batch, groups, planned, available) if wide else 0
+            sync = zeros_left_as_found(walks + (batch * segments if scoring else 0), x.device)
     channels = heads * head_dim
     tensors: tuple[Any, ...] = (
         dt,
@@ -392,9 +415,9 @@ def ssd(
         _descriptor(C, groups * width, 64 if wide else width),
         None if z is None else _descriptor(z, channels, 64),
         _descriptor(y, channels, 64),
-        A.contiguous(),
+        A,
         None if D is None else D.contiguous(),
-        None if dt_bias is None else dt_bias.contiguous(),
+        dt_bias,
         None if initial_states is None else initial_states.contiguous(),
         final,
         handed,
@@ -417,23 +440,23 @@ def ssd(
     )
     clamp = dt_min > 0.0 or dt_max != float("inf") or not dt_softplus
     form = (dt_softplus, clamp, z is not None, return_final_states, segments > 1, relaxed)
-    numbers += (batch * slices * segments,)
+    numbers += (batch * slices * segments, 1 / blocks_per_group, planned.share)
     if wide:
-        if scoring:
+        scored = scoring > 0 or planned.dealt > 0
+        if scored:
             scores = new((batch * groups, chunks * 64, 64), dtype=torch.float32)
         else:
             scores = chunk_scores(C, B, config.chunk, width, config.precision, overlap=True)
             scores = scores.view(batch * groups, chunks * 64, 64)
         tensors = (*tensors, _descriptor(scores, 64, 64), scores)
-        constants: tuple[Any, ...] = (head_dim // 64, *form, log_A, y_scale, scoring, planned.leaders > 0)
-        blocks = beside + groups * blocks_per_group
-        grid = (extra + blocks * segments, batch, 1)
-        parts = (-(-(1 << BITS.value) // blocks_per_group), planned.share, -(-(1 << BITS.value) // blocks))
-        numbers = (*numbers, *parts, planned.more, planned.lead, planned.leaders, planned.pieces, extra, beside)
-        numbers = (*numbers, *scalars)
+        tensors += (dealt, falls, turns) if planned.dealt else (None, None, None)
+        constants: tuple[Any, ...] = (head_dim // 64, *form, log_A, y_scale, scored, planned.dealt > 0)
+        grid = (scoring + groups * blocks_per_group, segments, batch)
+        if planned.dealt:
+            grid = (planned.dealt, batch, 1)
+        numbers = (*numbers, planned.more, scoring, *scalars)
         _launch_wide(grid, tensors, numbers, constants, num_warps=config.warps, launch_pdl=not scoring)
     else:
-        numbers = (*numbers, 1 / blocks_per_group, planned.share)
         stages = _stages(config, width, z is not None)
         per_channel = D is not None and D.ndim == 2
         constants = (width, head_dim // 64, config.block_slices, *form, stages, log_A, y_scale, per_channel)

@@ -32,13 +32,16 @@ assert each.slices == 1 + pair
 config = configs.SsdConfig("hopper", 64, 1, 64 * each.slices, each.slices, width, 4, "tf32", 4, 4)  # as a table may say
 constants = {
     "N": width, "SLICES": slices, "PAIR": each.slices, "SOFTPLUS": True, "CLAMP": False, "GATED": bool(gated),
-    "STORE_FINAL": True, "SPLIT": bool(split), "RELAXED": bool(relaxed), "LOG_A": True, "Y_SCALE": 1.0,
+    "STORE_FINAL": True, "SPLIT": split > 0, "RELAXED": bool(relaxed), "LOG_A": True, "Y_SCALE": 1.0,
     "STAGES": ssd_hopper._stages(config, width, bool(gated)), "PER_CHANNEL": False, "init_ptr": None,
-    "SCORING": bool(split), "LEADS": bool(split) and not gated,
+    "SCORING": split > 0, "DEALT": split == 2,
 }
+if split < 2:
+    constants["dealt_ptr"] = constants["falls_ptr"] = constants["turns_ptr"] = None
 if not gated:
     constants["z_desc"] = None
-floats = ("final_ptr", "handed_ptr", "scores_ptr")
+floats = ("final_ptr", "handed_ptr", "scores_ptr", "falls_ptr")
+counts = ("sync_ptr", "dealt_ptr", "turns_ptr")
 signature, constexprs = {}, {}
 for place, parameter in enumerate(kernel.params):
     name = parameter.name
@@ -50,10 +53,10 @@ for place, parameter in enumerate(kernel.params):
         channels = width if name[0] == "B" or name[0] == "C" and not wide else 64
         signature[name] = f"tensordesc<{dtype}[1, 64, {channels}],{layout}>"
     elif name.endswith("_ptr"):
-        signature[name] = "*i32" if name == "sync_ptr" else "*fp32" if name in floats else "*" + dtype
+        signature[name] = "*i32" if name in counts else "*fp32" if name in floats else "*" + dtype
     else:
-        parts = () if wide else ("part_of_group", "part_of_segment")
-        signature[name] = "fp32" if name in ("dt_min", "dt_max", "share", *parts) else "i32"
+        floating = ("dt_min", "dt_max", "share", "part_of_group", "part_of_segment")
+        signature[name] = "fp32" if name in floating else "i32"
 source = GluonASTSource(kernel, signature, constexprs)
 compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
 assert "wgmma.mma_async" in compiled.asm["ptx"] and compiled.asm["cubin"]
@@ -62,13 +65,14 @@ pathlib.Path(os.environ["TRITON_CACHE_DIR"], "cubin").write_bytes(compiled.asm["
 """
 
 
-# pair, split, gated, relaxed, slices of a head
+# pair, split (into equal segments, or as they are dealt out), gated, relaxed, slices of a head
 _FORMS = {
     "one slice, gate": ("_kernel", "00101"),
     "two slices, segments, relaxed": ("_kernel", "11011"),
     "two slices of a head, gate": ("_kernel", "11102"),
     "state of 256, segments": ("wide_kernel", "11002"),
-    "state of 256, segments, two heads, gate": ("wide_kernel", "11101"),
+    "state of 256, segments dealt out": ("wide_kernel", "12002"),
+    "state of 256, segments dealt out, two heads, gate": ("wide_kernel", "12101"),
 }
 _ON_BOTH = _FORMS["two slices, segments, relaxed"]
 
