@@ -547,8 +547,8 @@ def wide_kernel(
         begins = more.to(gl.float32) / GROUP
         ahead = gl.where(seg > 0, _ahead(seg, share, first=begins), 0)
         summed = ahead + gl.where(last, 0, chunks - _ahead(seg + 1, share, first=begins))
-    if DEALT:  # what is not there hands nothing on, and stores nothing
-        links1 = links * second
+    if DEALT:  # what is not there hands nothing on and stores nothing, but goes along
+        links1 = gl.where(second != 0, links, links & (3 << SKIPS))
     first = first_chunk * Q
     tokens = T - first
     if SCORING and not DEALT:

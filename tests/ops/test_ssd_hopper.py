@@ -157,7 +157,7 @@ def test_segments_of_a_state_of_256_are_dealt_out(
     options = {"initial": True, "gate": gated, "per_channel_d": gated}
     case = ssd_case(batch, 4333, heads, head_dim, groups, 256, dtype=torch.bfloat16, device="cuda", **options)
     case = aligned(case)
-    case.A = torch.cat((case.A[:1], case.A[1:] / 100))  # so that the state before a segment matters, or not
+    case.A = torch.cat((case.A[:1], case.A[1:-1] / 100, case.A[-1:] * 3))  # the state before matters, or not
     config = ssd_config(case.x.device, case.x.dtype, batch, 4333, heads, head_dim, 256, None, groups=groups)
     with override(dataclasses.replace(config, segments=segments)):
         results = [ssd(*case.arguments(), **case.keywords(), backend="triton") for _ in range(3)]
