@@ -138,6 +138,8 @@ def space(start: configs.SsdConfig, shape: tuned.Shape, multiprocessors: int = 1
     scans = shape.batch * shape.heads * -(-shape.head_dim // start.block_p)
     full = {max(1, resident * multiprocessors // scans) for resident in (1, 2, 3, 4)}  # so many fill the GPU just so
     choices["segments"] = sorted({start.segments, *choices["segments"], *full})
+    if start.blocks > 1:
+        choices["blocks"] = [1, start.blocks]  # equal segments, or dealt out
     if shape.dtype == "float32":
         choices.pop("scores", None)  # which it does not do
     if torch.version.hip:

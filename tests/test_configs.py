@@ -139,25 +139,30 @@ def choose(device: torch.device, tokens: int = 16384, chunk_size: int | None = N
 
 @pytest.mark.parametrize(
     ("batch", "heads", "head_dim", "state", "tokens", "expected"),
-    [  # what was fastest of those timed on an H200, or up to 4% slower: chunk, segments, channels of a block, registers
-        (1, 80, 64, 128, 1024, (64, 1, 64, 255)),  # a multiprocessor each, and short
-        (1, 80, 64, 128, 4096, (32, 3, 64, 255)),  # two blocks on each of 132 multiprocessors
-        (1, 80, 64, 128, 16384, (32, 9, 64, 168)),  # three
-        (1, 80, 64, 128, 131072, (32, 19, 64, 168)),
-        (1, 128, 64, 128, 1024, (64, 1, 64, 255)),
-        (1, 128, 64, 128, 131072, (32, 3, 64, 168)),
-        (32, 80, 64, 128, 1024, (32, 1, 64, 168)),  # nothing to gain from segments
-        (1, 48, 64, 128, 16384, (32, 8, 64, 168)),
-        (1, 24, 64, 128, 4096, (32, 11, 64, 255)),
-        (1, 24, 64, 128, 1024, (32, 4, 64, 255)),
-        (1, 24, 64, 128, 16384, (32, 11, 64, 255)),
-        (1, 40, 128, 128, 16384, (32, 6, 128, 255)),  # two blocks of 128 channels
-        (1, 40, 128, 128, 65536, (32, 13, 128, 255)),
-        (1, 40, 192, 128, 65536, (32, 13, 64, 168)),  # 128 do not divide them
-        (1, 48, 64, 256, 16384, (32, 5, 64, 255)),
-        (1, 48, 64, 256, 65536, (32, 11, 64, 255)),
-        (1, 24, 128, 256, 16384, (32, 5, 128, 255)),
-        (1, 24, 128, 256, 65536, (32, 11, 128, 255)),
+    # What was fastest of those timed on an H200, or up to 4% slower: chunk, segments, channels of a block, registers,
+    # blocks that are dealt out.
+    [
+        (1, 80, 64, 128, 1024, (64, 1, 64, 255, 1)),  # a multiprocessor each, and short
+        (1, 80, 64, 128, 4096, (32, 3, 64, 255, 1)),  # two blocks on each of 132 multiprocessors
+        (1, 80, 64, 128, 16384, (32, 9, 64, 168, 1)),  # three
+        (1, 80, 64, 128, 131072, (32, 19, 64, 168, 1)),
+        (1, 128, 64, 128, 1024, (64, 1, 64, 255, 1)),
+        (1, 128, 64, 128, 131072, (32, 3, 64, 168, 1)),
+        (32, 80, 64, 128, 1024, (32, 1, 64, 168, 1)),  # nothing to gain from segments
+        (1, 48, 64, 128, 16384, (32, 8, 64, 168, 1)),
+        (1, 24, 64, 128, 4096, (32, 11, 64, 255, 1)),
+        (1, 24, 64, 128, 1024, (32, 4, 64, 255, 1)),
+        (1, 24, 64, 128, 16384, (32, 11, 64, 255, 1)),
+        (1, 40, 128, 128, 16384, (32, 6, 128, 255, 264)),  # two blocks of 128 channels
+        (1, 40, 128, 128, 65536, (32, 13, 128, 255, 264)),
+        (1, 40, 192, 128, 65536, (32, 13, 64, 168, 1)),  # 128 do not divide them
+        (1, 48, 64, 256, 16384, (32, 5, 64, 255, 264)),
+        (1, 48, 64, 256, 65536, (32, 11, 64, 255, 264)),
+        (1, 24, 128, 256, 16384, (32, 5, 128, 255, 132)),
+        (1, 24, 128, 256, 65536, (32, 11, 128, 255, 132)),
+        (1, 24, 128, 256, 4096, (32, 5, 128, 255, 132)),
+        (1, 24, 128, 256, 2048, (32, 5, 128, 255, 1)),
+        (2, 24, 128, 256, 16384, (32, 8, 128, 255, 66)),
     ],
 )
 def test_the_portable_kernel_fills_the_gpu(
@@ -165,7 +170,7 @@ def test_the_portable_kernel_fills_the_gpu(
 ) -> None:
     with override("portable"):
         config = ssd_config(h200, torch.bfloat16, batch, tokens, heads, head_dim, state, None)
-    assert (config.chunk, config.segments, config.block_p, config.registers) == expected
+    assert (config.chunk, config.segments, config.block_p, config.registers, config.blocks) == expected
     assert config.variant == "portable" and config.scores == (config.chunk == 32)
 
 

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
+from fastmamba.kernels._dealt import NOTHING
 from fastmamba.kernels._dot import INTERPRETED
 from fastmamba.kernels._exp2 import exp2
 from fastmamba.kernels._softplus import softplus_by_series
@@ -19,6 +20,9 @@ LEFT = tl.constexpr(2)  # dt times the decay until the chunk ends
 ITSELF = tl.constexpr(3)  # what a token's x is multiplied by in its own y: dt times C . B, and D (half precision)
 LOW = tl.constexpr(3)  # what rounding CUM lost (float32)
 SUMMED = tl.constexpr(4)  # dt times the decay until the segment ends
+
+NOTHING_EXACT = tl.constexpr(-150.0)
+"""`NOTHING` for float32 inputs: what float32 itself makes zero, so that leaving it out changes no bit."""
 
 
 @triton.jit
@@ -100,6 +104,9 @@ def discretize(
 ):
     """Leave what the main loops need of dt in scratch memory; return log2 of the segment's decay.
 
+    And the first of the segment's chunks from whose end on it is not below NOTHING, if SPLIT: what the chunks before
+    add to the state is left out. What grows again never is; a NaN ends where it has decayed to nothing.
+
     A decay is the power of two of a difference of running sums of dt * A * log2(e). Where they reach hundreds, float32
     alone leaves the difference an absolute error near 1e-5: nothing to half precision, but many roundings of float32.
     COMPENSATED sums in float64 and keeps what rounding the sum lost beside it. R chunks are worked out at a time, the
@@ -109,6 +116,7 @@ def discretize(
     row = tl.arange(0, R)
     col = tl.arange(0, Q)
     rounds = (chunks + R - 1) // R
+    counted = chunks - 1
     after = tl.cast(0.0, wide)  # log2 of the decay from a round's last token to the segment's
     rate = tl.cast(A, wide) * LOG2E
     # What is loaded is used a round later: the memory's latency passes beside arithmetic.
@@ -151,6 +159,8 @@ def discretize(
             later = tl.cumsum(last, axis=0, reverse=True) - last + after  # chunks of this round, and later rounds
             summed = scale * power_of_2(left + tl.expand_dims(later, 0), COMPENSATED)
             tl.store(nums_ptr + SUMMED * lead + t, summed, mask=there)
+            least: tl.constexpr = tl.constexpr(NOTHING_EXACT if COMPENSATED else NOTHING)
+            counted = tl.minimum(counted, tl.min(tl.where(later < least, chunks, (rounds - 1 - i) * R + row), axis=0))
             after += tl.sum(last, axis=0)
         if own_ptr is not None:
             if ENGINE and not INTERPRETED:
@@ -168,4 +178,4 @@ def discretize(
             "fence.proxy.async.global; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
         )
     tl.debug_barrier()  # the block's other threads read it back
-    return after
+    return after, counted

@@ -4,6 +4,8 @@ A block owns one (batch row, head, slice of P) over one segment of the sequence,
 float32 while it walks the segment chunk by chunk. Where batch x heads does not fill the GPU, the sequence is split into
 several segments. Then a block first sums up what its own segment adds to the state (a short pass over x and B), tells
 the segments after, waits until the ones before have done the same, and only then walks the segment for the output.
+What has decayed to nothing by a segment's end is left out of that sum, and what has since of what the ones before tell.
+Where that differs between heads, the launch before can cut slow heads' sequences into more segments (`_dealt`).
 
 Everything is transposed: channels are the rows, so that the state and x are the left operands of the products, which
 tensor cores can take from registers. x, B, C and y go through tensor descriptors where the GPU has a copy engine for
@@ -27,16 +29,33 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastmamba.configs import MOST_REGISTERS, SsdConfig, copy_engine
-from fastmamba.kernels._decays import CUM, ENTRY, ITSELF, LEFT, LOW, SUMMED, discretize, four_rows, power_of_2, two_rows
-from fastmamba.kernels._dot import dot, finished
+from fastmamba.kernels._before import Steps, before
+from fastmamba.kernels._dealt import MOST, NOTHING, Costs, Slots
+from fastmamba.kernels._decays import (
+    CUM,
+    ENTRY,
+    ITSELF,
+    LEFT,
+    LOW,
+    NOTHING_EXACT,
+    SUMMED,
+    discretize,
+    four_rows,
+    power_of_2,
+    two_rows,
+)
+from fastmamba.kernels._dot import INTERPRETED, dot, finished
 from fastmamba.kernels._exp2 import exp2
 from fastmamba.kernels._launch import Launcher, unit_stride
 from fastmamba.kernels._scores import chunk_scores, own_scores
 from fastmamba.kernels._sync import zeros_left_as_found
 
+_COSTS = Costs(first=0.27, start=6.0, handover=3.0)
+"""Of a segment, as fitted on an H200 to heads of 128 channels with states of 256."""
 SPAN = tl.constexpr(16)
 """Segments that one looks back to at most."""
 
@@ -76,18 +95,22 @@ def _plus(a, b):
 
 
 @triton.jit
-def _before(handed, passed, count, size, there):
+def _before(handed, passed, count, size, there, STEPS: tl.constexpr, EXACT: tl.constexpr):
     """Some of the state before a segment, of what the `count` segments before it handed on, each `size` elements.
 
-    And the decay since the first of these began.
+    And the decay since the first of these began. Both end where nothing is left, unless that could grow again.
     """
+    bound = -1.0
+    if not STEPS:
+        bound = tl.exp2(tl.full([], NOTHING_EXACT if EXACT else NOTHING, tl.float32))
     state = tl.zeros(there.shape, dtype=tl.float32)
     left = 1.0  # decay from the end of a segment to the beginning of this one
     for other in range(1, count + 1):
-        # written by another multiprocessor a moment ago: not from the L1 cache
-        piece = tl.load(handed - other * size, mask=there, other=0.0, cache_modifier=".cg")
-        state += piece.to(tl.float32) * left
-        left *= tl.load(passed - other, cache_modifier=".cg")
+        if (left > bound) | (left != left):
+            # written by another multiprocessor a moment ago: not from the L1 cache
+            piece = tl.load(handed - other * size, mask=there, other=0.0, cache_modifier=".cg")
+            state += piece.to(tl.float32) * left
+            left *= tl.load(passed - other, cache_modifier=".cg")
     return state, left
 
 
@@ -116,6 +139,7 @@ def _ssd_kernel(
     passed_ptr,
     nums_ptr,
     sync_ptr,
+    dealt_ptr,  # who walks what, or None: equal segments
     lead,  # elements between rows of nums
     T,
     H,
@@ -180,19 +204,39 @@ def _ssd_kernel(
             tl.store(sync_ptr, 0)  # everybody has one: left as it was found
     else:
         ticket = tl.program_id(0)
-    part = ticket % slices
-    rest = ticket // slices
-    h = rest % H
-    rest = rest // H
-    seg = rest % segments
-    b = rest // segments
+    places = segments  # for what a walk's segments hand on
+    if dealt_ptr is None:
+        slot = ticket % (slices * H)
+        rest = ticket // (slices * H)
+        seg = rest % segments
+        b = rest // segments
+        first_chunk = seg * chunks_per_segment
+        chunks = tl.minimum(chunks_per_segment, (T + Q - 1) // Q - first_chunk)
+        room = segments * chunks_per_segment  # chunks that a walk has room for
+    else:
+        # As the launch before says: each walk has a number of segments of its own. `segments` are the most that one may
+        # have, `chunks_per_segment` those that there are of a sequence, of all its walks.
+        if ENGINE and not INTERPRETED:
+            gdc_wait()
+        dealt = tl.load(dealt_ptr + ticket)
+        if dealt < 0:
+            return
+        slot = dealt & 0xFFFF
+        seg = (dealt >> 16) & 0xFF
+        segments = dealt >> 24
+        b = ticket // chunks_per_segment
+        steps = (T + QS - 1) // QS
+        first_step = seg * steps // segments
+        sum_steps = (seg + 1) * steps // segments - first_step
+        first_chunk = first_step * (QS // Q)
+        chunks = tl.minimum(sum_steps * (QS // Q), (T + Q - 1) // Q - first_chunk)
+        room = steps * (QS // Q)
+    part = slot % slices
+    h = slot // slices
     g = h // (H // G)
 
-    first = seg * (chunks_per_segment * Q)  # the segment's first token
-    chunks = tl.minimum(chunks_per_segment, (T + Q - 1) // Q - seg * chunks_per_segment)
+    first = first_chunk * Q  # the segment's first token
     tokens = T - first
-    # Or LLVM has zeros of the first pass's sum on a path of their own, and ptxas serialises every wgmma of the kernel.
-    tl.assume(sum_steps > 0)
 
     p = part * BP + tl.arange(0, BP)
     # The state is held in PARTS of its columns, which become operands one after the other.
@@ -214,16 +258,16 @@ def _ssd_kernel(
 
     # -- dt and decays of the whole segment, outside the main loops. Slices of P would write the same: each has its own.
     walk = (tl.cast(b, tl.int64) * H + h) * slices + part
-    number = (walk * segments + seg) * chunks_per_segment * Q
+    number = (walk * room + first_chunk) * Q
     nums_ptr += number
     lead = tl.cast(lead, tl.int64)
-    place = tl.cast(b * G + g, tl.int64) * ((T + Q - 1) // Q) + seg * chunks_per_segment  # among all groups' chunks
+    place = tl.cast(b * G + g, tl.int64) * ((T + Q - 1) // Q) + first_chunk  # among all groups' chunks
     if own_ptr is not None:
         own_ptr += place * own_chunk
     skip = 0.0
     if D_PER_HEAD:
         skip = tl.load(D_ptr + h).to(tl.float32)
-    decay = discretize(
+    decay, counted = discretize(
         dt_ptr + tl.cast(b, tl.int64) * stride_dt_b + tl.cast(first, tl.int64) * stride_dt_t + h * stride_dt_h,
         nums_ptr,
         own_ptr,
@@ -262,15 +306,18 @@ def _ssd_kernel(
     # state, as every SPAN-th does. So a segment waits for first passes, which all end at the same time, and for
     # another's sum only once in SPAN segments.
     if SPLIT:
-        row = (tl.cast(b, tl.int64) * H + h) * segments + seg
+        row = (tl.cast(b, tl.int64) * H + h) * places + seg
         handed = handed_ptr + row * (P * N) + p[:, None] * N
-        passed = passed_ptr + walk * segments + seg
-        flag = sync_ptr + 1 + walk * segments + seg  # counts the segments before that have told this one
+        passed = passed_ptr + walk * places + seg
+        flag = sync_ptr + 1 + walk * places + seg  # counts the segments before that have told this one
         turn = seg % SPAN
         ready = flag + 1 + tl.arange(0, SPAN)
         if seg + 1 < segments:  # what this segment alone adds to the state
             own = tl.zeros((BP, BN), dtype=tl.float32)
-            for i in tl.range(0, sum_steps, num_stages=STEP_STAGES):
+            begin = counted // (QS // Q)  # what lies before has decayed by the segment's end
+            # Or LLVM has zeros of the sum on a path of their own, and ptxas serialises every wgmma of the kernel.
+            tl.assume(begin < sum_steps)
+            for i in tl.range(begin, sum_steps, num_stages=STEP_STAGES):
                 t = first + i * QS
                 if NUMBERED:
                     weight = number_sum.load([SUMMED, tl.cast(number + i * QS, tl.int32)]).reshape(QS)
@@ -294,23 +341,24 @@ def _ssd_kernel(
             tl.debug_barrier()
             tl.store(flag, 0)  # left as it was found
         handed += n[None, :]
-        state, left = _before(handed, passed, count, P * N, has_state)
+        state, left = _before(handed, passed, count, P * N, has_state, STEPS, COMPENSATED)
         if PARTS == 2:
-            right, left = _before(handed + WN, passed, count, P * N, has_right)
+            right, left = _before(handed + WN, passed, count, P * N, has_right, STEPS, COMPENSATED)
         if init_ptr is not None:
             if seg < SPAN:
                 state += tl.load(init_ptr + state_at, mask=has_state, other=0.0).to(tl.float32) * left
                 if PARTS == 2:
                     right += tl.load(init_ptr + state_at + WN, mask=has_right, other=0.0).to(tl.float32) * left
-        if (seg + 1 < segments) & (turn + 1 == SPAN):
-            fall = power_of_2(decay, COMPENSATED)
-            whole = tl.load(handed, mask=has_state, other=0.0).to(tl.float32) + state * fall
-            tl.store(handed, whole.to(handed_ptr.dtype.element_ty), mask=has_state)
-            if PARTS == 2:
-                whole = tl.load(handed + WN, mask=has_right, other=0.0).to(tl.float32) + right * fall
-                tl.store(handed + WN, whole.to(handed_ptr.dtype.element_ty), mask=has_right)
-            tl.debug_barrier()
-            tl.atomic_add(ready, 1, mask=tl.arange(0, SPAN) < segments - 1 - seg, sem="release")
+        if dealt_ptr is None:
+            if (seg + 1 < segments) & (turn + 1 == SPAN):
+                fall = power_of_2(decay, COMPENSATED)
+                whole = tl.load(handed, mask=has_state, other=0.0).to(tl.float32) + state * fall
+                tl.store(handed, whole.to(handed_ptr.dtype.element_ty), mask=has_state)
+                if PARTS == 2:
+                    whole = tl.load(handed + WN, mask=has_right, other=0.0).to(tl.float32) + right * fall
+                    tl.store(handed + WN, whole.to(handed_ptr.dtype.element_ty), mask=has_right)
+                tl.debug_barrier()
+                tl.atomic_add(ready, 1, mask=tl.arange(0, SPAN) < segments - 1 - seg, sem="release")
     elif init_ptr is not None:
         state = tl.load(init_ptr + state_at, mask=has_state, other=0.0).to(tl.float32)
         if PARTS == 2:
@@ -495,7 +543,8 @@ def _runs_on(config: SsdConfig, parts: int) -> bool:
 def _first_pass(config: SsdConfig, size: int) -> tuple[int, int]:
     """Tokens of a step of the first pass, and steps that are loaded ahead, in half precision with a copy engine.
 
-    Two short chunks at a time, where enough are still loaded ahead to hide the memory's latency.
+    Two short chunks at a time, where enough are still loaded ahead to hide the memory's latency. Those of 16 tokens
+    always: the copy engine writes to multiples of 128 bytes, and what is loaded ahead of a row of numbers lies behind.
     """
     chunk, stages = config.chunk, config.stages
     if chunk > 32:
@@ -503,8 +552,8 @@ def _first_pass(config: SsdConfig, size: int) -> tuple[int, int]:
     if config.scores:  # x and B have the room of C and scores as well
         each = chunk * (config.block_p + config.block_n) * size
         chunks = stages * (each + chunk * config.block_n * size + 4 * chunk * chunk) // each
-        return (2 * chunk, chunks // 2) if chunks > 5 else (chunk, chunks)
-    return (2 * chunk, stages - 1) if stages > 3 else (chunk, stages)
+        return (2 * chunk, max(1, chunks // 2)) if chunks > 5 or chunk < 32 else (chunk, chunks)
+    return (2 * chunk, max(1, stages - 1)) if stages > 3 or chunk < 32 else (chunk, stages)
 
 
 def ssd(
@@ -549,13 +598,19 @@ def ssd(
     columns = walks * (chunks + 2 * config.segments) * chunk  # of numbers, at most: a descriptor counts them in 32 bits
     described = engine and columns < 2**31 and all(map(_describable, tiles, blocks))
 
+    deals = not compensated and config.scores and config.blocks > heads * slices and chunks >= 2 * MOST.value
     per_segment = -(-chunks // config.segments)
     step, stages = chunk, config.stages
-    if config.segments > 1 and described and not compensated:
+    if (deals or config.segments > 1) and described and not compensated:
         step, stages = _first_pass(config, x.dtype.itemsize)
         per_segment += per_segment % 2 if step > chunk else 0
     segments = -(-chunks // per_segment)
-    lead = walks * segments * per_segment * chunk
+    grid = walks * segments
+    lead = grid * per_segment * chunk
+    if deals:  # the most segments that a walk may have, and in place of their length how many there are of all walks
+        segments, per_segment = min(MOST.value, config.blocks - heads * slices + 1), config.blocks
+        grid = batch * per_segment
+        lead = walks * -(-tokens // step) * step
 
     handed = passed = sync = final  # not looked at unless the sequence is split
     if segments > 1:
@@ -571,11 +626,21 @@ def ssd(
             steps = _descriptor(x, step, config.block_p), _descriptor(B, step, config.block_n)
         else:
             steps = tiles[:2]
-    apart = own = None
+    dealt = apart = own = None
     own_chunk, own_token = chunk, 1
+    clamps = dt_min > 0.0 or dt_max != float("inf") or not dt_softplus
+    A = A.contiguous()
+    dt_bias = None if dt_bias is None else dt_bias.contiguous()
     if not compensated and config.scores:
-        apart = own = chunk_scores(B, C, chunk, config.block_n, config.precision, overlap=engine)
-        own_chunk, own_token = chunk * chunk, chunk + 1  # the diagonals
+        if deals:
+            paces = Steps(dt, A, dt_bias, dt_softplus, dt_min, dt_max, log_A)
+            slots = Slots(heads * slices, slices, heads * slices, heads * slices, 1)
+            of = {"groups": groups, "shared": False, "falls": False, "B": B, "C": C, "precision": config.precision}
+            found = before(paces, slots, _COSTS, chunk, config.blocks, overlap=engine, **of)
+            dealt, apart = found.dealt, found.scores
+        else:
+            apart = chunk_scores(B, C, chunk, config.block_n, config.precision, overlap=engine)
+        own, own_chunk, own_token = apart, chunk * chunk, chunk + 1  # the diagonals
     elif not compensated:
         own = own_scores(B, C, chunks * chunk, config.block_n, overlap=engine)
     twice = _twice(config, parts)
@@ -594,17 +659,18 @@ def ssd(
         early_numbers,
         numbers,
         scores,
-        A.contiguous(),
+        A,
         None if D is None else D.contiguous(),
         z,
         own,
-        None if dt_bias is None else dt_bias.contiguous(),
+        dt_bias,
         None if initial_states is None else initial_states.contiguous(),
         final,
         handed,
         passed,
         nums,
         sync,
+        dealt,
     )
     values = (
         lead,
@@ -631,7 +697,7 @@ def ssd(
         parts,
         config.rows,
         dt_softplus,
-        dt_min > 0.0 or dt_max != float("inf") or not dt_softplus,
+        clamps,
         compensated or not dt_min >= 0.0,  # a logarithm needs dt to be positive
         D is not None and D.ndim == 1,
         D is not None and D.ndim == 2,
@@ -653,5 +719,5 @@ def ssd(
         options["maxnreg"] = config.registers
     if engine and own is not None:
         options["launch_pdl"] = True  # starts beside the launch before it, and waits where it needs that one's
-    _launch((walks * segments, 1, 1), tensors, values, constants, **options)
+    _launch((grid, 1, 1), tensors, values, constants, **options)
     return y, final
