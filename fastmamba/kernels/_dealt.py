@@ -15,8 +15,8 @@ import triton.language as tl
 from fastmamba.kernels._softplus import softplus_by_series
 
 LOG2E = tl.constexpr(1.4426950408889634)
-NOTHING = tl.constexpr(-40.0)
-"""log2 of a decay that leaves nothing of what was before: 2 ** 16 below what float32 rounds off beside it."""
+NOTHING = tl.constexpr(-32.0)
+"""log2 of a decay that leaves nothing of what was before: 2 ** 8 below what float32 rounds off of anything like it."""
 MOST = tl.constexpr(16)
 """Segments of a sequence at most."""
 SAMPLES = tl.constexpr(32)

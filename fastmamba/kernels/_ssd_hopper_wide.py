@@ -71,7 +71,7 @@ from fastmamba.kernels._ssd_hopper_wide_copies import (
     _load_slice,
     _store_role,
 )
-from fastmamba.kernels._ssd_hopper_wide_dealt import KEEPS, SKIPS, STORES, _hand_on, _passes
+from fastmamba.kernels._ssd_hopper_wide_dealt import KEEPS, SKIPS, STORES, _hand_on, _passes, begin_of
 from fastmamba.kernels._ssd_hopper_wide_scores import (
     _await_scores,
     _score,
@@ -535,8 +535,8 @@ def wide_kernel(
     head1 = v1 // SLICES
 
     if DEALT:
-        first_chunk = seg * total // segments
-        chunks = (seg + 1) * total // segments - first_chunk
+        first_chunk = begin_of(seg, segments, total)
+        chunks = begin_of(seg + 1, segments, total) - first_chunk
         falls = falls_ptr + (b.to(gl.int64) * (slices // SLICES) + head0) * total
         ahead, summed, gap, links = _passes(falls, (head1 - head0) * total, seg, segments, total, HEADS)
     else:

@@ -1,7 +1,7 @@
 """Blocks of the Hopper SSD for a state of 256 whose segments are dealt out by how fast heads decay.
 
-Segment s of `segments` covers chunks [s * n // segments, (s + 1) * n // segments) of the sequence's n. Before it begins
-the state there has to be known. How far back chunks count, before nothing of the state is left, `falls` tell: log2 of
+Segments are equal, but for the first one, which is somewhat longer: its block waits for nobody. Before one begins the
+state there has to be known. How far back chunks count, before nothing of the state is left, `falls` tell: log2 of
 the decay over each chunk of each head. Of those chunks the segment's own block sums up the last ones, at most so many
 that all blocks have equal parts of what there is, and the block before it the others. Where nothing is left of what
 came before the segment's own part, it waits for nobody.
@@ -12,12 +12,14 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from fastmamba.kernels import _dealt
 from fastmamba.kernels._ssd_hopper_decays import _add
 from fastmamba.kernels._ssd_hopper_handover import _places
 from fastmamba.kernels._ssd_hopper_terms import GROUP, Q, sync_threads
 
-LEAST = gl.constexpr(2.0**-40)
-NOTHING = gl.constexpr(-40.0)  # log2 of a decay that leaves nothing: float32 keeps 24 bits beside what is added later
+NOTHING = gl.constexpr(_dealt.NOTHING.value)
+LEAST = gl.constexpr(2.0**_dealt.NOTHING.value)
+MORE = gl.constexpr(4)  # chunks that the first segment has more than the others, of an H200's blocks that end last
 STEP = gl.constexpr(64)  # chunks that are looked at at a time, by every warp: they need not exchange anything
 ALL = gl.constexpr(1 << 30)  # chunks: something is left however far one looks back
 NEEDS = gl.constexpr(1)  # a block is to add what those before it hand on
@@ -30,10 +32,18 @@ SEGMENT = gl.constexpr(8)  # behind those is which one it is
 
 
 @gluon.jit
+def begin_of(seg, segments, total):
+    """The first chunk of a segment; of that behind the last one, `total`."""
+    more = gl.where(segments > 1, MORE, 0)
+    return gl.where(seg > 0, more + seg * (total - more) // segments, 0)
+
+
+@gluon.jit
 def _own_part(seg, segments, total):
     """Chunks before a segment that its own block sums up, at most: whole groups, and equal parts for all blocks."""
-    even = (seg * total).to(gl.float32) / (segments * segments * GROUP).to(gl.float32)
-    return gl.minimum((even + 0.5).to(gl.int32), total // segments // GROUP) * GROUP
+    last = begin_of(segments - 1, segments, total)  # what all of them sum up
+    even = begin_of(seg, segments, total) - (seg * last).to(gl.float32) / segments.to(gl.float32)
+    return gl.minimum((even / GROUP + 0.5).to(gl.int32), (total - MORE) // segments // GROUP) * GROUP
 
 
 @gluon.jit
@@ -46,8 +56,8 @@ def _passes(falls_ptr, other_head, seg, segments, total, HEADS: gl.constexpr):
         How many chunks before the segment it sums up, as whole groups, then how many in all, how far into the segment
         the others begin, and `NEEDS`, `HANDS` and so on.
     """
-    begin = seg * total // segments
-    end = (seg + 1) * total // segments
+    begin = begin_of(seg, segments, total)
+    end = begin_of(seg + 1, segments, total)
     part = _own_part(seg, segments, total)
     other = _own_part(seg + 1, segments, total)  # which the next segment's block has of this segment
     # Chunks are counted backward, from the segment's begin in the first row of a head, from its end in the second one.
