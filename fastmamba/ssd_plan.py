@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 GROUP = 4
 """Chunks whose decays are worked out at a time."""
@@ -13,6 +13,8 @@ MOST_DEALT = 16
 """Segments of a slice, where they are dealt out."""
 MOST_PIECES = 32
 """Places for what a leader's warps look up of its pieces, two of them for what lies past the last."""
+MOST_UNITS = 64
+"""The same where leads are dealt out by head, in smaller pieces."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,16 @@ class Plan:
 
     `segments` is then how many a slice may have at most.
     """
+    unit: int = 0
+    """Where leads are dealt out by head on the device, how many chunks a leader's piece has; a lead is some of them."""
+    most: int = 0
+    """The longest lead then."""
+    first: float = 0.0
+    """A chunk of the first pass, in chunks of a second one."""
+    handover: float = 0.0
+    """Handing states on, in the same."""
+    worth: float = 0.0
+    """What blocks may take at most with different leads, in the same; else all get about `lead`."""
 
     def ahead(self, segment: int, step: int) -> int:
         """How many chunks before its segment a block begins its first pass, in steps of so many.
@@ -79,6 +91,14 @@ class _Pace:
 # Handing on takes 15,000; with a gate leaders were late by that.
 _NARROW = {1: _Pace(first=0.5, handover=8.0), 2: _Pace(first=0.42, handover=5.5)}
 _GATED = {1: _Pace(first=0.35, handover=4.0), 2: _Pace(first=0.28, handover=1.0)}
+_DEALT = 340
+"""Chunks of a segment from which on leads are dealt out by head: below, the launches before take what that gains."""
+_DEALT_MOST = 1 << 15
+"""Chunks of a sequence, which are counted in 15 bits."""
+_DEALT_SEGMENTS = 3
+"""At most, with leads that are dealt out: a lead is no longer than a segment, and too short in more of them."""
+_DEALT_WORTH = 0.93
+"""What blocks may take at most with different leads, of what they take with the same: they are slower out of step."""
 _WIDE_LEAST = 128
 """Chunks of states of 256, from which on segments are dealt out: 64 were 5% to 10% slower that way."""
 
@@ -115,13 +135,41 @@ def _led(plan: Plan, slices: int, blocks: int, chunks: int, idle: int, pace: _Pa
     step = 1 if slices == 1 else GROUP
     most = int(min(pace.lead(segments, chunks, pieces), chunks / (segments + 1)))
     for lead in range(most // GROUP * GROUP, 0, -GROUP):
-        per = -(-(chunks - lead) // segments)
-        share = (per - lead) / (GROUP * segments)
-        led = Plan(plan.blocks_per_group, segments, per, 0, share, -(-blocks // pieces), pieces, lead)
-        # No segment without chunks, and a block's first pass is to reach its segment.
-        if chunks - lead > (segments - 1) * per and all(led.ahead(s, step) <= per for s in range(1, segments)):
+        led = _with_lead(plan, chunks, lead)
+        led = replace(led, leaders=-(-blocks // pieces), pieces=pieces)
+        if _possible(led, chunks, step):
             return led
     return plan
+
+
+def _with_lead(plan: Plan, chunks: int, lead: int) -> Plan:
+    """The plan's segments, behind so many chunks of leaders."""
+    per = -(-(chunks - lead) // plan.segments)
+    return replace(plan, per_segment=per, more=0, share=(per - lead) / (GROUP * plan.segments), lead=lead)
+
+
+def _possible(plan: Plan, chunks: int, step: int) -> bool:
+    """Whether no segment is without chunks, and each block's first pass reaches its segment."""
+    reached = all(plan.ahead(s, step) <= plan.per_segment for s in range(1, plan.segments))
+    return chunks - plan.lead > (plan.segments - 1) * plan.per_segment and reached
+
+
+def _dealt(plan: Plan, blocks: int, chunks: int, idle: int, pace: _Pace) -> Plan:
+    """The plan with leads dealt out by head, where a sequence is long enough for that to pay.
+
+    To so many idle multiprocessors, or as many as there are `blocks` of a segment.
+    """
+    segments, leaders = plan.segments, min(idle, blocks)
+    if plan.lead == 0 or segments > _DEALT_SEGMENTS or not _DEALT * segments <= chunks < _DEALT_MOST:
+        return plan
+    unit = -(-int(pace.walk(segments, chunks, 0)) // ((MOST_UNITS - 2) * GROUP)) * GROUP
+    most = 0
+    while most + unit <= chunks / (segments + 1) and _possible(_with_lead(plan, chunks, most + unit), chunks, GROUP):
+        most += unit
+    if most == 0:
+        return plan
+    worth = _DEALT_WORTH * pace.walk(segments, chunks, plan.lead)
+    return replace(plan, leaders=leaders, unit=unit, most=most, first=pace.first, handover=pace.handover, worth=worth)
 
 
 @functools.lru_cache(maxsize=512)
@@ -136,10 +184,11 @@ def plan(
     *,
     wide: bool = False,
     gated: bool = False,
+    deal: bool = True,
 ) -> Plan:
     """How to divide `slices` of each group in `chunks` into `segments` at most, for blocks of `block_slices`.
 
-    `wide` says that states have more than 128 channels.
+    `wide` says that states have more than 128 channels, `deal` that leads may be dealt out by head.
     """
     blocks_per_group = -(-slices // block_slices)
     segments = min(segments, chunks)
@@ -155,9 +204,11 @@ def plan(
     share = _share(segments, per_segment, block_slices, more)
     found = Plan(blocks_per_group, segments, per_segment, more, share)
     idle = multiprocessors // batch - blocks * segments
-    return (
-        found if wide else _led(found, block_slices, blocks, chunks, idle, (_GATED if gated else _NARROW)[block_slices])
-    )
+    if wide:
+        return found
+    pace = (_GATED if gated else _NARROW)[block_slices]
+    led = _led(found, block_slices, blocks, chunks, idle, pace)
+    return led if block_slices == 1 or gated or not deal else _dealt(led, blocks, chunks, idle, pace)
 
 
 def scorers(batch: int, groups: int, plan: Plan, multiprocessors: int) -> int:

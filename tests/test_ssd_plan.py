@@ -1,5 +1,7 @@
 """How the Hopper SSD splits a sequence, on the host: no segment without chunks, no block without a multiprocessor."""
 
+from dataclasses import replace
+
 import pytest
 
 from fastmamba import ssd_plan
@@ -32,17 +34,24 @@ def test_every_chunk_is_walked_once(batch: int, groups: int, slices: int, block_
             assert max(ahead[1:], default=0) <= found.per_segment, "a first pass is to reach its segment"
             if found.leaders:
                 assert found.ahead(0, step) == found.lead
+            for lead in range(0, found.most + 1, found.unit) if found.unit else ():  # whatever is dealt out
+                per = -(-(chunks - lead) // found.segments)
+                dealt = replace(found, lead=lead, share=(per - lead) / (4 * found.segments))
+                assert 1 <= chunks - lead - (found.segments - 1) * per <= per
+                assert all(dealt.ahead(segment, step) <= per for segment in range(1, found.segments))
 
 
 @pytest.mark.parametrize("batch, groups, slices", SHAPES)
 def test_leaders_have_multiprocessors_and_slices(batch: int, groups: int, slices: int) -> None:
     for segments in range(1, 12):
-        found = plan(batch, groups, slices, 256, segments, 2, H200)
+        found = plan(batch, groups, slices, 1024, segments, 2, H200)
         blocks = groups * found.blocks_per_group
         if found.leaders:
             assert batch * (blocks * found.segments + found.leaders) <= H200
-            assert found.lead % 4 == 0 < found.lead and (found.leaders - 1) * found.pieces < blocks
-            assert blocks <= found.leaders * found.pieces
+            assert found.lead % 4 == 0 < found.lead and blocks <= found.leaders * found.pieces
+            assert found.unit or (found.leaders - 1) * found.pieces < blocks
+            assert not found.unit or found.leaders <= blocks and found.unit % 4 == 0 == found.most % found.unit
+            assert not found.unit or found.most >= found.unit
 
 
 def test_leaders_finish_with_the_others() -> None:
@@ -51,7 +60,10 @@ def test_leaders_finish_with_the_others() -> None:
         others = ssd_plan._NARROW[2].walk(found.segments, chunks, found.lead)
         assert found.pieces * found.lead <= others < found.pieces * (found.lead + ssd_plan.GROUP) + 4
     found = plan(1, 1, 80, 256, 3, 2, H200)
-    assert (found.segments, found.leaders, found.pieces, found.lead) == (3, 10, 4, 24)
+    assert (found.segments, found.pieces, found.lead) == (3, 4, 24)
+    assert (found.leaders, found.unit) == (10, 0)
+    dealt = plan(1, 1, 80, 1024, 3, 2, H200)
+    assert (dealt.segments, dealt.leaders, dealt.lead, dealt.unit, dealt.most) == (3, 12, 100, 8, 256)
     assert plan(1, 1, 80, 256, 3, 2, 120).leaders == 0
 
 

@@ -6,7 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from fastmamba.kernels._ssd_hopper_terms import EARLY, Q, _advance, _load, _seen_as, _store, slices_of
+from fastmamba.kernels._ssd_hopper_terms import EARLY, Q, _advance, _load, _seen_as, _store, piece_of, slices_of
 
 
 @gluon.jit
@@ -75,12 +75,18 @@ def first_phase(summed, PAIR: gl.constexpr, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def of_first_pass(c, ahead, gap):
+    """The c-th chunk of a first pass, from the segment on: `ahead` come before it, `gap` of its first are left out."""
+    return c - ahead + gl.where(c >= ahead, gap, 0)
+
+
+@gluon.jit
 def load_role(
     begun, x_desc, B_desc, C_desc, z_desc, x_ptr, stride_x_t, tokens, second, arena, came, summed_up, full, walked,
-    walking, going, b, first, v, g, ahead, skip, summed, chunks, pieces, block, part_of_group, blocks_per_group,
-    slices_per_group,
+    walking, going, b, first, v, g, ahead, skip, gap, summed, chunks, pieces, block, listed, part_of_group,
+    blocks_per_group, slices_per_group,
     N: gl.constexpr, PAIR: gl.constexpr, GATED: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr,
-    DEEP: gl.constexpr, FIRST_EACH: gl.constexpr,
+    DEEP: gl.constexpr, FIRST_EACH: gl.constexpr, DEALT: gl.constexpr,
 ):  # fmt: skip
     line = gl.arange(0, PAIR * Q, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     beside = line // Q * Q * second
@@ -91,12 +97,12 @@ def load_role(
         lap = 2 // DEEP
         for i in range(skip + 2, summed):
             if i + EARLY < summed:  # B is in the L2 cache mostly, where another slice's block has asked for it
-                t = gl.minimum((i + EARLY - ahead) * Q + line % Q, tokens - 1)
+                t = gl.minimum(of_first_pass(i + EARLY, ahead, gap) * Q + line % Q, tokens - 1)
                 prefetch(x_ptr + (t.to(gl.int64) * stride_x_t + beside))
             if i - skip == DEEP:  # until now no barrier that the scores initialise is needed
                 mbarrier.wait(begun, 0)
             mbarrier.wait(summed_up.index(slot), lap ^ 1, pred=i - skip >= DEEP)
-            t = first + (i - ahead) * Q
+            t = first + of_first_pass(i, ahead, gap) * Q
             load_first(x_desc, B_desc, arena, came.index(slot), slot, b, t, v, g, True, N, PAIR, FIRST_EACH)
             slot, lap = _advance(slot, lap, DEEP)
     mbarrier.wait(begun, 0)
@@ -106,21 +112,25 @@ def load_role(
             mbarrier.wait(going, 0)
         stage = first_stage(summed - skip, PAIR, STAGES)
         phase = first_phase(summed - skip, PAIR, STAGES)
+    begin = first
     for piece in range(pieces if SPLIT else 1):
         for c in range(0 if SPLIT else 1, chunks):
             mbarrier.wait(walked.index(stage), phase ^ 1)
-            load_second(x_desc, B_desc, C_desc, z_desc, arena, full.index(stage), stage, b, first + c * Q, v, g, N,
+            load_second(x_desc, B_desc, C_desc, z_desc, arena, full.index(stage), stage, b, begin + c * Q, v, g, N,
                         PAIR, GATED)  # fmt: skip
             stage, phase = _advance(stage, phase, STAGES)
         if SPLIT:
-            g, v, _ = slices_of(block + piece + 1, part_of_group, blocks_per_group, slices_per_group, PAIR)
+            coming, nth = piece_of(block, listed, piece + 1, DEALT)
+            g, v, _ = slices_of(coming, part_of_group, blocks_per_group, slices_per_group, PAIR)
+            if DEALT:
+                begin = nth * (chunks * Q)
 
 
 @gluon.jit
 def store_role(
     begun, y_desc, ys, walked, unready, walking, b, first, v, second, skip, summed, chunks, pieces, block,
-    part_of_group, blocks_per_group, slices_per_group,
-    PAIR: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr,
+    listed, part_of_group, blocks_per_group, slices_per_group,
+    PAIR: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr, DEALT: gl.constexpr,
 ):  # fmt: skip
     mbarrier.wait(begun, 0)
     if SPLIT:
@@ -131,6 +141,7 @@ def store_role(
     if SPLIT:
         stage = first_stage(summed - skip, PAIR, STAGES)
         phase = first_phase(summed - skip, PAIR, STAGES)
+    begin = first
     for piece in range(pieces if SPLIT else 1):
         for c in range(chunks):
             mbarrier.wait(walked.index(stage), phase)
@@ -138,12 +149,15 @@ def store_role(
             fence_async_shared()  # the copy engine reads what the walkers wrote, who need not wait for this fence
             for k in gl.static_range(PAIR):
                 if k == 0:
-                    _store(y_desc, [b, first + c * Q, v * Q], ys.index(place))
+                    _store(y_desc, [b, begin + c * Q, v * Q], ys.index(place))
                 elif second != 0:
-                    _store(y_desc, [b, first + c * Q, (v + 1) * Q], ys.index(place))
+                    _store(y_desc, [b, begin + c * Q, (v + 1) * Q], ys.index(place))
                 place ^= 1
             tma.store_wait(0)
             for k in gl.static_range(PAIR):
                 mbarrier.arrive(unready.index(place ^ 1 if PAIR == 1 else k), count=1)
         if SPLIT:
-            _, v, second = slices_of(block + piece + 1, part_of_group, blocks_per_group, slices_per_group, PAIR)
+            coming, nth = piece_of(block, listed, piece + 1, DEALT)
+            _, v, second = slices_of(coming, part_of_group, blocks_per_group, slices_per_group, PAIR)
+            if DEALT:
+                begin = nth * (chunks * Q)

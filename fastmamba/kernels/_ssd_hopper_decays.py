@@ -6,7 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from fastmamba.kernels._ssd_hopper_copies import prefetch
+from fastmamba.kernels._ssd_hopper_copies import of_first_pass, prefetch
 from fastmamba.kernels._ssd_hopper_halves import _split
 from fastmamba.kernels._ssd_hopper_terms import (
     _CUM,
@@ -16,7 +16,6 @@ from fastmamba.kernels._ssd_hopper_terms import (
     _TOTAL,
     GROUP,
     LOG2E,
-    MOST_PIECES,
     ROWS,
     Q,
     _advance,
@@ -71,9 +70,15 @@ def _from_bits(bits, dtype: gl.constexpr):
 
 
 @gluon.jit
-def _of_group(dt_ptr, i, first_pass, ahead, q, tokens, stride_dt_t):
+def _begins(i, first_pass, ahead, gap):
+    """Where the i-th four chunks of both passes begin, in chunks from the segment on."""
+    return gl.where(i < first_pass, of_first_pass(i * GROUP, ahead, gap), (i - first_pass) * GROUP)
+
+
+@gluon.jit
+def _of_group(dt_ptr, i, first_pass, ahead, gap, q, tokens, stride_dt_t):
     """Where dt of the i-th four chunks is, of both passes; past the end, the last token's."""
-    t = gl.where(i < first_pass, i * GROUP - ahead, (i - first_pass) * GROUP) * Q + q
+    t = _begins(i, first_pass, ahead, gap) * Q + q
     return dt_ptr + gl.minimum(t, tokens - 1).to(gl.int64) * stride_dt_t
 
 
@@ -102,8 +107,9 @@ def _running(dt, A, t, tokens, dt_min, dt_max, SOFTPLUS: gl.constexpr, CLAMP: gl
 def _fact(facts, row: gl.constexpr, piece, layout: gl.constexpr):
     """A number of a piece."""
     lone: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    numbers = _seen_as(facts, gl.int32, [facts.shape[0] * MOST_PIECES, 1], lone)
-    return gl.sum(numbers.index(row * MOST_PIECES + piece).load(gl.SliceLayout(1, layout)), axis=0)
+    PIECES: gl.constexpr = facts.shape[1]
+    numbers = _seen_as(facts, gl.int32, [facts.shape[0] * PIECES, 1], lone)
+    return gl.sum(numbers.index(row * PIECES + piece).load(gl.SliceLayout(1, layout)), axis=0)
 
 
 @gluon.jit
@@ -122,10 +128,12 @@ def decays_role(
     tokens,  # left from the segment's first token on
     ahead,  # chunks of the first pass that lie before the segment, whole groups
     skip,  # the first ones of them, that are not summed up after all
+    gap,  # chunks at the segment's beginning that the first pass leaves out, whole groups
     summed,  # chunks of the first pass
     chunks,
     pieces,
     block,
+    listed,
     part_of_group,
     blocks_per_group,
     slices_per_group,
@@ -137,6 +145,7 @@ def decays_role(
     LOG_A: gl.constexpr,
     SLICES: gl.constexpr,
     HEADS: gl.constexpr,
+    DEALT: gl.constexpr,
     dtype: gl.constexpr,  # of x
     begun,
     facts,  # of pieces: where dt of the head is, A, bias; of each of two roles
@@ -168,11 +177,20 @@ def decays_role(
             piece += (i >= groups).to(gl.int32)
             i -= piece * groups
         # What differs from one piece to the next: pieces are no loop of their own here, which took registers.
-        each_piece = gl.arange(0, MOST_PIECES, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-        _, v, second = slices_of(block + each_piece, part_of_group, blocks_per_group, slices_per_group, PAIR)
+        lone: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+        PIECES: gl.constexpr = facts.shape[1]
+        each_piece = gl.arange(0, PIECES, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+        blocks = block + each_piece
+        if DEALT:
+            entries = _seen_as(listed, gl.int32, [PIECES], lone).load(each_piece.type.layout)
+            blocks = entries & 0xFFFF
+        _, v, second = slices_of(blocks, part_of_group, blocks_per_group, slices_per_group, PAIR)
         heads = gl.where(each_piece < pieces, (v + second * k) // SLICES, head)
         A = gl.load(A_ptr + heads)
-        facts.index(3 * k).store((heads - head) * stride_dt_h)
+        places = (heads - head) * stride_dt_h
+        if DEALT:
+            places += gl.where(each_piece < pieces, entries >> 16, 0) * (chunks * Q) * stride_dt_t
+        facts.index(3 * k).store(places)
         if bias_ptr is not None:
             facts.index(3 * k + 2).store(gl.load(bias_ptr + heads).to(gl.float32).to(gl.int32, bitcast=True))
         facts.index(3 * k + 1).store(_factor(A, LOG_A).to(gl.int32, bitcast=True))
@@ -180,11 +198,10 @@ def decays_role(
             bias = _fact(facts, 3 * k + 2, piece, layout).to(gl.float32, bitcast=True)
         A = _fact(facts, 3 * k + 1, piece, layout).to(gl.float32, bitcast=True)
         if FIRST > 0:
-            coming = load_bits(
-                _of_group(dt_ptr + _fact(facts, 3 * k, piece, layout), i, first_pass, ahead, q, tokens, stride_dt_t)
-            )
+            base = dt_ptr + _fact(facts, 3 * k, piece, layout)
+            coming = load_bits(_of_group(base, i, first_pass, ahead, gap, q, tokens, stride_dt_t))
     else:  # all loads before the first use of one
-        first = _of_group(dt_ptr, FIRST, first_pass, ahead, q, tokens, stride_dt_t)
+        first = _of_group(dt_ptr, FIRST, first_pass, ahead, gap, q, tokens, stride_dt_t)
         if not EARLY_DT:
             coming = gl.load(first)
         elif FIRST > 0:
@@ -200,12 +217,12 @@ def decays_role(
     buffer = FIRST
     phase = 0
     for _ in range(FIRST, groups * pieces if SPLIT else groups, STEP):
-        t = gl.where(i < first_pass, i * GROUP - ahead, (i - first_pass) * GROUP) * Q + q
+        t = _begins(i, first_pass, ahead, gap) * Q + q
         if EARLY_DT:
             dt = _from_bits(coming, dt_ptr.dtype.element_ty) + bias
         else:
             dt = coming.to(gl.float32) + bias
-            coming = gl.load(_of_group(dt_ptr, i + STEP, first_pass, ahead, q, tokens, stride_dt_t))
+            coming = gl.load(_of_group(dt_ptr, i + STEP, first_pass, ahead, gap, q, tokens, stride_dt_t))
         if SPLIT:
             t = gl.where(t < (skip - ahead) * Q, tokens, t)  # as if it were past the end
         dt, cum, entry = _running(dt, A, t, tokens, dt_min, dt_max, SOFTPLUS, CLAMP)
@@ -224,6 +241,8 @@ def decays_role(
                 rest += gl.where((chunk < j) & there, later, 0.0)
                 whole += gl.where((chunk != j) & there, later, 0.0)
             left = rest[:, None] - entry
+            if DEALT:  # behind what has been left out the state begins from nothing
+                whole = gl.where((gap > 0) & (i * GROUP == ahead), float("-inf"), whole)
             last = whole[:, None]
         else:
             last = last[:, None]
@@ -250,9 +269,9 @@ def decays_role(
             if bias_ptr is not None:
                 bias = _fact(facts, 3 * k + 2, piece, layout).to(gl.float32, bitcast=True)
         if EARLY_DT:  # earlier, it would take registers of which there are none left, or hold up the first four chunks
-            coming = load_bits(_of_group(base, i, first_pass, ahead, q, tokens, stride_dt_t))
+            coming = load_bits(_of_group(base, i, first_pass, ahead, gap, q, tokens, stride_dt_t))
             if PAIR == 2:  # worth 3% with two slices; with one, 4% and 5% are gained without
-                prefetch(_of_group(base, i + STEP, first_pass, ahead, q, tokens, stride_dt_t))
+                prefetch(_of_group(base, i + STEP, first_pass, ahead, gap, q, tokens, stride_dt_t))
         if STEP == 2:
             phase ^= 1
         else:

@@ -54,6 +54,17 @@ def _read(flag_ptr, count, seg, segments):
 
 
 @gluon.jit
+def read_later(flag_ptr, seg, segments, reads):
+    """What a block still owes the flags of the segments before it, where it has not waited for them."""
+    place = seg % SPAN
+    whole = (seg + 1 < segments) & (place + 1 == SPAN)
+    count = gl.where((reads != 0) | whole | (seg >= segments), 0, gl.minimum(seg, place + 1))
+    if count > 0:
+        _await(flag_ptr, count)
+        _read(flag_ptr, count, seg, segments)
+
+
+@gluon.jit
 def _places(ptr, N: gl.constexpr, layout: gl.constexpr):
     """Where a state's Q * N elements are kept: as the threads of a warp hold them, rows of the state lie apart.
 
@@ -86,7 +97,7 @@ def _ways(b, v, v1, slices, seg, segments, parts, handed_ptr, sync_ptr, N: gl.co
 @gluon.jit
 def _hand_over(
     state, decay, at, init_ptr, handed_ptr, handed_row, passed_ptr, flag_ptr, state_row, seg, segments, N: gl.constexpr,
-    kept, decay_before, ahead, going=None, snapshot=None,
+    kept, decay_before, ahead, going=None, snapshot=None, reads=None,
 ):  # fmt: skip
     """The state before a block's segment, [P, N], given what its first pass adds, which goes to the blocks after.
 
@@ -95,7 +106,7 @@ def _hand_over(
     `state` is what the first pass adds, `decay` [P] what it leaves of an earlier state. Where that pass began `ahead`
     chunks before the segment, `kept` is where what it had added until then is, `decay_before` [P] what it had left.
     Or `snapshot` is what it had added; no segment hands on a whole state then. `going` is told when nothing is left to
-    be fenced.
+    be fenced. Where `reads` is 0, nothing is left of what others add: this block need not wait for them.
     """
     element: gl.constexpr = handed_ptr.dtype.element_ty
     layout: gl.constexpr = state.type.layout
@@ -120,6 +131,8 @@ def _hand_over(
         scale = gl.where(whole, 1.0, decay_before)
     since = 1.0  # decay from the end of a segment to the beginning of this one
     count = gl.minimum(seg, place + 1)
+    if reads is not None:
+        count = gl.where((reads != 0) | whole, count, 0)
     if count > 0:
         _await(flag_ptr, count)
         _read(flag_ptr, count, seg, segments)

@@ -32,7 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from fastmamba.kernels._ssd_hopper_copies import fence_inits, first_phase, first_stage, of_state
 from fastmamba.kernels._ssd_hopper_decays import _numbers, _weights
 from fastmamba.kernels._ssd_hopper_halves import _packed, _product, _rounded, _silu, _sum_of_products, _unpacked, _widen
-from fastmamba.kernels._ssd_hopper_handover import _hand_over, _places
+from fastmamba.kernels._ssd_hopper_handover import _hand_over, _places, read_later
 from fastmamba.kernels._ssd_hopper_terms import (
     _CUM,
     _ENTRY,
@@ -41,6 +41,7 @@ from fastmamba.kernels._ssd_hopper_terms import (
     GROUP,
     Q,
     _advance,
+    piece_of,
     slices_of,
     sync_threads,
 )
@@ -129,6 +130,7 @@ def scores_role(
     chunks,
     pieces,
     block,
+    listed,
     part_of_group,
     blocks_per_group,
     slices_per_group,
@@ -142,6 +144,7 @@ def scores_role(
     DEEP: gl.constexpr,
     HEADS: gl.constexpr,
     PER_CHANNEL: gl.constexpr,
+    DEALT: gl.constexpr,
 ):
     dtype: gl.constexpr = arena.dtype
     states = of_state(arena, N)
@@ -235,7 +238,8 @@ def scores_role(
             buffer ^= 1
         if SPLIT and D_ptr is not None and not PER_CHANNEL:
             if piece + 1 < pieces:
-                _, v, second = slices_of(block + piece + 1, part_of_group, blocks_per_group, slices_per_group, PAIR)
+                coming, _ = piece_of(block, listed, piece + 1, DEALT)
+                _, v, second = slices_of(coming, part_of_group, blocks_per_group, slices_per_group, PAIR)
                 skip0 = gl.load(D_ptr + v // SLICES * stride_D_h).to(gl.float32)
                 skip1 = gl.load(D_ptr + (v + second) // SLICES * stride_D_h).to(gl.float32)
 
@@ -369,12 +373,14 @@ def walk_role(
     stride_D_p,
     seg,  # of a leader: `segments`
     segments,
+    reads,  # 1 where the state before the segment depends on what others add
     ahead,
     skip,
     summed,
     chunks,
     pieces,
     block,
+    listed,
     part_of_group,
     blocks_per_group,
     slices_per_group,
@@ -389,6 +395,7 @@ def walk_role(
     Y_SCALE: gl.constexpr,
     HEADS: gl.constexpr,
     PER_CHANNEL: gl.constexpr,
+    DEALT: gl.constexpr,
 ):
     head: gl.constexpr = k if HEADS == 2 else 0
     dtype: gl.constexpr = arena.dtype
@@ -459,7 +466,7 @@ def walk_role(
         if hands:
             state = _hand_over(state, decay, at, init_ptr, handed_ptr, handed_row, passed_ptr, flag_ptr, state_row, seg,
                                segments, N, kept, before_segment, ahead, going if PAIR == 2 else None,
-                               snapshot if PAIR == 1 else None)  # fmt: skip
+                               snapshot if PAIR == 1 else None, reads if DEALT else None)  # fmt: skip
     elif init_ptr is not None:
         if there != 0:
             state = gl.load(init_ptr + state_row + at).to(gl.float32)
@@ -481,10 +488,13 @@ def walk_role(
         for piece in range(pieces):
             now = v
             leads = seg == segments  # a leader knows the state before its first chunks
+            of, nth = piece_of(block, listed, piece, DEALT)
+            if DEALT:
+                leads &= nth == 0
             # No branch: with one, ptxas would put the products of the loop below in an order that is slower.
             state = (state.to(gl.int32, bitcast=True) & gl.where(leads, 0, -1)).to(gl.float32, bitcast=True)
             if init_ptr is not None or PER_CHANNEL:
-                _, now, second = slices_of(block + piece, part_of_group, blocks_per_group, slices_per_group, PAIR)
+                _, now, second = slices_of(of, part_of_group, blocks_per_group, slices_per_group, PAIR)
                 now += second * k
             if init_ptr is not None:
                 row = init_ptr + state_row + (now - v).to(gl.int64) * (Q * N)
@@ -503,6 +513,9 @@ def walk_role(
             k, state, pairs, group, turn, stage, phase, place, stored, buffer, lap, chunks, chunks, D, arena, nums, G,
             owns, ys, full, known, scored, walked, unready, N, PAIR, GATED, STAGES, Y_SCALE, HEADS, PER_CHANNEL,
         )  # fmt: skip
+    if DEALT:
+        if there != 0:
+            read_later(flag_ptr, seg, segments, reads)
     if STORE_FINAL:
         if there != 0:
             if seg + 1 == segments:

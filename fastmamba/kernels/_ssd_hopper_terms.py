@@ -26,6 +26,7 @@ ROWS = gl.constexpr(5)
 GROUP = gl.constexpr(ssd_plan.GROUP)
 EARLY = gl.constexpr(3)  # how many chunks before it is loaded x is asked for, in the first pass
 MOST_PIECES = gl.constexpr(ssd_plan.MOST_PIECES)
+MOST_UNITS = gl.constexpr(ssd_plan.MOST_UNITS)
 SPAN = gl.constexpr(ssd_plan.SPAN)
 
 
@@ -42,6 +43,20 @@ def _advance(stage, phase, STAGES: gl.constexpr):
     stage += 1
     wrapped = stage == STAGES
     return gl.where(wrapped, 0, stage), gl.where(wrapped, phase ^ 1, phase)
+
+
+@gluon.jit
+def piece_of(block, listed, piece, DEALT: gl.constexpr):
+    """Of a block's piece: the block of a segment whose slices it has, and the how manieth of a leader's pieces it is.
+
+    Of those that follow each other in time: the state goes on from one to the next.
+    """
+    if DEALT:
+        layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+        entry = gl.sum(listed.index(piece).load(layout), axis=0)
+        return entry & 0xFFFF, entry >> 16
+    else:
+        return block + piece, 0
 
 
 @gluon.jit

@@ -22,6 +22,10 @@ What the last segment adds nobody needs, so all blocks share what the others do:
 segment, and keeps what it has summed up there for itself. Multiprocessors that would be idle get blocks that lead:
 they walk chunks before the first segment, where the state is known, of several blocks' slices one after the other.
 
+A first pass leaves out the chunks of which nothing is left where its part ends, before the segment or in it. So heads
+that decay fast have next to none. In long calls a launch before works out what decays over each chunk, and how many
+chunks leaders walk of each block's slices: the more, the slower these decay, so that all blocks end together.
+
 Two slices of one head (channels 64 to a slice) share the decays and G, and the two decays warps the work.
 
 Every instruction of the scores role costs a chunk of two slices 2.3 clocks of its 2,460 (one head) or 2,910 (two) on an
@@ -43,13 +47,33 @@ from fastmamba.configs import SsdConfig, multiprocessors
 from fastmamba.kernels._before import Steps, before
 from fastmamba.kernels._dealt import Costs, Slots
 from fastmamba.kernels._launch import Launcher
+from fastmamba.kernels._leads import deal_leads
 from fastmamba.kernels._scores import chunk_scores
-from fastmamba.kernels._ssd_hopper_copies import fence_inits, load_first, load_role, load_second, prefetch, store_role
+from fastmamba.kernels._ssd_hopper_copies import (
+    fence_inits,
+    load_first,
+    load_role,
+    load_second,
+    of_first_pass,
+    prefetch,
+    store_role,
+)
 from fastmamba.kernels._ssd_hopper_decays import decays_role, load_bits
 from fastmamba.kernels._ssd_hopper_handover import _ahead, _ways
+from fastmamba.kernels._ssd_hopper_left_out import first_that_count
 from fastmamba.kernels._ssd_hopper_roles import scores_role, walk_role
-from fastmamba.kernels._ssd_hopper_terms import GROUP, MOST_PIECES, ROWS, Q, slices_of, sync_threads
+from fastmamba.kernels._ssd_hopper_terms import (
+    GROUP,
+    MOST_PIECES,
+    MOST_UNITS,
+    ROWS,
+    Q,
+    _seen_as,
+    slices_of,
+    sync_threads,
+)
 from fastmamba.kernels._ssd_hopper_wide import _SIZES, _STRIDES, wide_kernel
+from fastmamba.kernels._ssd_hopper_wide_scores import _wait_for_launches_before
 from fastmamba.kernels._sync import zeros_left_as_found
 from fastmamba.ssd_plan import plan, scorers
 
@@ -71,6 +95,9 @@ def _kernel(
     handed_ptr,
     sync_ptr,
     x_ptr,
+    falls_ptr,  # log2 of the decay over each chunk, or None
+    leads_ptr,  # chunks that leaders walk of each block's slices, and of how many anything is left; or None
+    pieces_ptr,  # what leaders walk, in pieces of `lead` chunks, or None
     T,
     slices,  # of 64 channels, in all heads
     slices_per_group,
@@ -114,16 +141,40 @@ def _kernel(
     total = (T + Q - 1) // Q
     # Decays come for groups of chunks, and a segment begins one: of those before it, the first may lack some chunks.
     STEP: gl.constexpr = 1 if PAIR == 1 else GROUP
+    DEALT: gl.constexpr = leads_ptr is not None
+    owns: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    PIECES: gl.constexpr = MOST_UNITS if DEALT else MOST_PIECES
+    facts = gl.allocate_shared_memory(gl.int32, [3 * PAIR, PIECES], owns)  # of a leader's pieces
+    listed = facts
+    if DEALT:
+        _wait_for_launches_before()
     if SPLIT:
         b = gl.program_id(1)
         blocks = groups * blocks_per_group
         seg = ((block.to(gl.float32) + 0.5) * part_of_segment).to(gl.int32)
         block -= seg * blocks
         leads = seg == segments
-        block *= gl.where(leads, pieces, 1)
-        pieces = gl.where(leads, gl.minimum(pieces, blocks - block), 1)
-        begins = lead.to(gl.float32) / STEP
-        first_chunk = gl.where(leads, 0, lead + seg * chunks_per_segment)
+        own_lead = lead
+        if DEALT:
+            listed = gl.allocate_shared_memory(gl.int32, [PIECES, 1], owns)
+            leaders = gl.num_programs(0) - segments * blocks
+            own_pieces = pieces_ptr + (b * leaders + gl.where(leads, block, 0)) * PIECES
+            entries = gl.load(own_pieces + gl.arange(0, PIECES, gl.BlockedLayout([1], [32], [4], [0])))
+            first_entry = gl.load(own_pieces)
+            own_lead = gl.load(leads_ptr + b * blocks + gl.where(leads, 0, block))
+            needed = own_lead >> 16
+            own_lead = own_lead & 0xFFFF
+            _seen_as(listed, gl.int32, [PIECES], owns).store(gl.where(leads, entries, block))
+            pieces = gl.where(leads, gl.sum((entries >= 0).to(gl.int32), axis=0), 1)
+            block = gl.where(leads, first_entry & 0xFFFF, block)
+            each = 1.0 / segments.to(gl.float32)
+            chunks_per_segment = ((total - own_lead + segments).to(gl.float32) * each - 0.5 * each).to(gl.int32)
+            share = (chunks_per_segment - own_lead).to(gl.float32) * (each / GROUP)
+        else:
+            block *= gl.where(leads, pieces, 1)
+            pieces = gl.where(leads, gl.minimum(pieces, blocks - block), 1)
+        begins = own_lead.to(gl.float32) / STEP
+        first_chunk = gl.where(leads, 0, own_lead + seg * chunks_per_segment)
     else:
         seg = gl.program_id(1)
         b = gl.program_id(2)
@@ -135,6 +186,8 @@ def _kernel(
     before = gl.where(leads, 0, _ahead(seg, share, STEP, begins))
     ahead = (before + GROUP - 1) // GROUP * GROUP
     skip = ahead - before
+    gap = 0
+    reads = 1
     summed = ahead + gl.where(last | leads, 0, chunks - _ahead(seg + 1, share, STEP, begins))
     chunks = gl.where(leads, lead, chunks)
     g, v, second = slices_of(block, part_of_group, blocks_per_group, slices_per_group, PAIR)
@@ -143,6 +196,18 @@ def _kernel(
     head0 = v // SLICES
     v1 = v + second
     head1 = v1 // SLICES
+    if DEALT:
+        own = summed - ahead
+        from_before, from_own = first_that_count(
+            falls_ptr + b.to(gl.int64) * (slices // SLICES * total), head0 * total, head1 * total, first_chunk - before,
+            first_chunk, first_chunk + own, needed,
+        )  # fmt: skip
+        reads = (from_before == first_chunk - before).to(gl.int32)
+        before = first_chunk - from_before
+        ahead = (before + GROUP - 1) // GROUP * GROUP
+        skip = ahead - before
+        gap = (from_own - first_chunk) // GROUP * GROUP
+        summed = ahead + own - gap
 
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=3)
     # Tiles of B and C of each stage, and from the end on of x and z. The first pass of two slices lasts as long as its
@@ -155,7 +220,6 @@ def _kernel(
     # Two memories: Triton would put a barrier between stores to parts of one.
     square: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     G0 = gl.allocate_shared_memory(dtype, [2, Q, Q], square)
-    owns: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     own0 = gl.allocate_shared_memory(gl.float32, [2, Q], owns)
     G1 = G0
     own1 = own0
@@ -165,7 +229,6 @@ def _kernel(
         own1 = gl.allocate_shared_memory(gl.float32, [2, Q], owns)
     ys = gl.allocate_shared_memory(dtype, [2, 1, Q, Q], tile)  # of both slices, or of two chunks
     nums = gl.allocate_shared_memory(gl.float32, [2 * HEADS * ROWS * GROUP, Q], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    facts = gl.allocate_shared_memory(gl.int32, [3 * PAIR, MOST_PIECES], owns)  # of a leader's pieces
     dts = gl.allocate_shared_memory(gl.int32, [HEADS, GROUP * Q], owns)  # of the first four chunks
     asked = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     begun = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -189,8 +252,10 @@ def _kernel(
     # What the first chunk waits for is on its way before anything else: dt and A, then x, B and C. A prefetched dt came
     # too late, for whatever reason: the scores' warps, the only ones yet, load it. (Two slices of a whole sequence lost
     # 6% by that.)
-    early = gl.arange(0, GROUP * Q, gl.BlockedLayout([1], [32], [4], [0])) - ahead * Q
-    soon = gl.minimum(early + GROUP * Q, tokens - 1).to(gl.int64) * stride_dt_t
+    early = gl.arange(0, GROUP * Q, gl.BlockedLayout([1], [32], [4], [0]))
+    soon = early + of_first_pass(GROUP, ahead, gap) * Q
+    early += of_first_pass(0, ahead, gap) * Q
+    soon = gl.minimum(soon, tokens - 1).to(gl.int64) * stride_dt_t
     early = gl.minimum(early, tokens - 1).to(gl.int64) * stride_dt_t
     first_dt0 = 0
     first_dt1 = 0
@@ -214,7 +279,7 @@ def _kernel(
     sync_threads()
     if SPLIT:
         for i in gl.static_range(2):
-            t = first + (i - before) * Q
+            t = first + of_first_pass(skip + i, ahead, gap) * Q
             load_first(x_desc, B_desc, arena, came.index(i), i, b, t, v, g, summed > skip + i, N, PAIR, FIRST_EACH)
     else:  # more than one would hold up what is needed first
         load_second(x_desc, B_desc, C_desc, z_desc, arena, full.index(0), 0, b, first, v, g, N, PAIR, GATED)
@@ -237,35 +302,36 @@ def _kernel(
             [
                 (scores_role, (begun, unready, first_dt0, first_dt1, dts, asked, arena, nums, G0, G1, own0, own1, D_ptr,
                                D0, D1, came, summed_up, full, known, unknown, scored, walked, walking, going, skip,
-                               summed, chunks, pieces, block, part_of_group, blocks_per_group, slices_per_group,
-                               stride_D_h, N, PAIR, SLICES, RELAXED, SPLIT, STAGES, DEEP, HEADS, PER_CHANNEL)),
+                               summed, chunks, pieces, block, listed, part_of_group, blocks_per_group, slices_per_group,
+                               stride_D_h, N, PAIR, SLICES, RELAXED, SPLIT, STAGES, DEEP, HEADS, PER_CHANNEL,
+                               DEALT)),
                 (walk_role, (gl.constexpr(0), begun, D_ptr, init_ptr, final_ptr, handed_ptr, passed, flag, arena,
                              nums, G0, own0, ys, came, summed_up, full, known, unknown, scored, walked, unready,
                              walking, going, v, second * 0 + 1, state_row, handed_row, parts, stride_D_h, stride_D_p,
-                             seg, segments, ahead, skip, summed, chunks, pieces, block, part_of_group, blocks_per_group,
-                             slices_per_group, N, PAIR, SLICES, GATED, STORE_FINAL, SPLIT, STAGES, DEEP, Y_SCALE,
-                             HEADS, PER_CHANNEL)),
+                             seg, segments, reads, ahead, skip, summed, chunks, pieces, block, listed, part_of_group,
+                             blocks_per_group, slices_per_group, N, PAIR, SLICES, GATED, STORE_FINAL, SPLIT, STAGES,
+                             DEEP, Y_SCALE, HEADS, PER_CHANNEL, DEALT)),
                 (walk_role, (gl.constexpr(1), begun, D_ptr, init_ptr, final_ptr, handed_ptr, passed1, flag1, arena,
                              nums, G1, own1, ys, came, summed_up, full, known, unknown, scored, walked, unready,
                              walking, going, v1, second, state_row1, handed_row1, parts, stride_D_h, stride_D_p,
-                             seg, segments, ahead, skip, summed, chunks, pieces, block, part_of_group, blocks_per_group,
-                             slices_per_group, N, PAIR, SLICES, GATED, STORE_FINAL, SPLIT, STAGES, DEEP, Y_SCALE,
-                             HEADS, PER_CHANNEL)),
+                             seg, segments, reads, ahead, skip, summed, chunks, pieces, block, listed, part_of_group,
+                             blocks_per_group, slices_per_group, N, PAIR, SLICES, GATED, STORE_FINAL, SPLIT, STAGES,
+                             DEEP, Y_SCALE, HEADS, PER_CHANNEL, DEALT)),
                 (load_role, (begun, x_desc, B_desc, C_desc, z_desc, x_at, stride_x_t, tokens, second, arena, came,
-                             summed_up, full, walked, walking, going, b, first, v, g, ahead, skip, summed, chunks,
-                             pieces, block, part_of_group, blocks_per_group, slices_per_group, N,
-                             PAIR, GATED, SPLIT, STAGES, DEEP, FIRST_EACH)),
+                             summed_up, full, walked, walking, going, b, first, v, g, ahead, skip, gap, summed, chunks,
+                             pieces, block, listed, part_of_group, blocks_per_group, slices_per_group, N,
+                             PAIR, GATED, SPLIT, STAGES, DEEP, FIRST_EACH, DEALT)),
                 (decays_role, (gl.constexpr(0), dt0, A_ptr, bias_ptr, head0, nums, known, unknown, stride_dt_t, dt_min,
-                               dt_max, tokens, ahead, skip, summed, chunks, pieces, block, part_of_group,
+                               dt_max, tokens, ahead, skip, gap, summed, chunks, pieces, block, listed, part_of_group,
                                blocks_per_group, slices_per_group, stride_dt_h, SOFTPLUS, CLAMP, PAIR, SPLIT, LOG_A,
-                               SLICES, HEADS, dtype, begun, facts, dts, asked)),
+                               SLICES, HEADS, DEALT, dtype, begun, facts, dts, asked)),
                 (decays_role, (gl.constexpr(1), dt1, A_ptr, bias_ptr, head1, nums, known, unknown, stride_dt_t, dt_min,
-                               dt_max, tokens, ahead, skip, summed, chunks, pieces, block, part_of_group,
+                               dt_max, tokens, ahead, skip, gap, summed, chunks, pieces, block, listed, part_of_group,
                                blocks_per_group, slices_per_group, stride_dt_h, SOFTPLUS, CLAMP, PAIR, SPLIT, LOG_A,
-                               SLICES, HEADS, dtype, begun, facts, dts, asked)),
+                               SLICES, HEADS, DEALT, dtype, begun, facts, dts, asked)),
                 (store_role, (begun, y_desc, ys, walked, unready, walking, b, first, v, second, skip, summed, chunks,
-                              pieces, block, part_of_group, blocks_per_group, slices_per_group,
-                              PAIR, SPLIT, STAGES)),
+                              pieces, block, listed, part_of_group, blocks_per_group, slices_per_group,
+                              PAIR, SPLIT, STAGES, DEALT)),
             ],
             [4, 4, 1, 1, 1, 1],
             # Nobody spills in a loop, but relaxed scores a number: shared memory leaves the L1 cache next to nothing,
@@ -277,25 +343,26 @@ def _kernel(
             [
                 (scores_role, (begun, unready, first_dt0, first_dt1, dts, asked, arena, nums, G0, G1, own0, own1, D_ptr,
                                D0, D1, came, summed_up, full, known, unknown, scored, walked, walking, going, skip,
-                               summed, chunks, pieces, block, part_of_group, blocks_per_group, slices_per_group,
-                               stride_D_h, N, PAIR, SLICES, RELAXED, SPLIT, STAGES, DEEP, HEADS, PER_CHANNEL)),
+                               summed, chunks, pieces, block, listed, part_of_group, blocks_per_group, slices_per_group,
+                               stride_D_h, N, PAIR, SLICES, RELAXED, SPLIT, STAGES, DEEP, HEADS, PER_CHANNEL,
+                               DEALT)),
                 (walk_role, (gl.constexpr(0), begun, D_ptr, init_ptr, final_ptr, handed_ptr, passed, flag, arena,
                              nums, G0, own0, ys, came, summed_up, full, known, unknown, scored, walked, unready,
                              walking, going, v, second * 0 + 1, state_row, handed_row, parts, stride_D_h, stride_D_p,
-                             seg, segments, ahead, skip, summed, chunks, pieces, block, part_of_group, blocks_per_group,
-                             slices_per_group, N, PAIR, SLICES, GATED, STORE_FINAL, SPLIT, STAGES, DEEP, Y_SCALE,
-                             HEADS, PER_CHANNEL)),
+                             seg, segments, reads, ahead, skip, summed, chunks, pieces, block, listed, part_of_group,
+                             blocks_per_group, slices_per_group, N, PAIR, SLICES, GATED, STORE_FINAL, SPLIT, STAGES,
+                             DEEP, Y_SCALE, HEADS, PER_CHANNEL, DEALT)),
                 (decays_role, (gl.constexpr(0), dt0, A_ptr, bias_ptr, head0, nums, known, unknown, stride_dt_t, dt_min,
-                               dt_max, tokens, ahead, skip, summed, chunks, pieces, block, part_of_group,
+                               dt_max, tokens, ahead, skip, gap, summed, chunks, pieces, block, listed, part_of_group,
                                blocks_per_group, slices_per_group, stride_dt_h, SOFTPLUS, CLAMP, PAIR, SPLIT, LOG_A,
-                               SLICES, HEADS, dtype, begun, facts, dts, asked)),
+                               SLICES, HEADS, DEALT, dtype, begun, facts, dts, asked)),
                 (load_role, (begun, x_desc, B_desc, C_desc, z_desc, x_at, stride_x_t, tokens, second, arena, came,
-                             summed_up, full, walked, walking, going, b, first, v, g, ahead, skip, summed, chunks,
-                             pieces, block, part_of_group, blocks_per_group, slices_per_group, N,
-                             PAIR, GATED, SPLIT, STAGES, DEEP, FIRST_EACH)),
+                             summed_up, full, walked, walking, going, b, first, v, g, ahead, skip, gap, summed, chunks,
+                             pieces, block, listed, part_of_group, blocks_per_group, slices_per_group, N,
+                             PAIR, GATED, SPLIT, STAGES, DEEP, FIRST_EACH, DEALT)),
                 (store_role, (begun, y_desc, ys, walked, unready, walking, b, first, v, second, skip, summed, chunks,
-                              pieces, block, part_of_group, blocks_per_group, slices_per_group,
-                              PAIR, SPLIT, STAGES)),
+                              pieces, block, listed, part_of_group, blocks_per_group, slices_per_group,
+                              PAIR, SPLIT, STAGES, DEALT)),
             ],
             [4, 4, 1, 1],
             [248, 64, 40, 40],
@@ -373,6 +440,7 @@ def ssd(
         available,
         wide=wide,
         gated=z is not None,
+        deal=tokens * dt.stride(1) < 1 << 32,  # leads are a third of a sequence at most, and offsets have 32 bits
     )
     blocks_per_group, segments = planned.blocks_per_group, planned.segments
 
@@ -462,6 +530,31 @@ def ssd(
         constants = (width, head_dim // 64, config.block_slices, *form, stages, log_A, y_scale, per_channel)
         blocks = groups * blocks_per_group
         grid = (blocks * segments + planned.leaders, batch, 1) if segments > 1 else (blocks, 1, batch)
-        numbers = (*numbers, 1 / blocks, planned.lead, planned.pieces, *scalars, x.stride(0), x.stride(1))
-        _launch(grid, (*tensors, x), numbers, constants, num_warps=config.warps)
+        numbers = (
+            *numbers,
+            1 / blocks,
+            planned.unit or planned.lead,
+            planned.pieces,
+            *scalars,
+            x.stride(0),
+            x.stride(1),
+        )
+        dealt: tuple[Tensor | None, ...] = (None, None, None)
+        if planned.unit:
+            dealt = deal_leads(
+                planned,
+                dt,
+                tensors[6],
+                tensors[8],
+                dt_softplus,
+                dt_min,
+                dt_max,
+                log_A,
+                chunk=config.chunk,
+                slices=head_dim // 64,
+                slices_per_group=slices_per_group,
+                slots=blocks,
+            )
+        tensors = (*tensors, x, *dealt)
+        _launch(grid, tensors, numbers, constants, num_warps=config.warps, launch_pdl=planned.unit > 0)
     return y, final if return_final_states else new(0, dtype=torch.float32)

@@ -37,11 +37,11 @@ constants = {
     "SCORING": split > 0, "DEALT": split == 2,
 }
 if split < 2:
-    constants["dealt_ptr"] = constants["falls_ptr"] = constants["turns_ptr"] = None
+    constants.update(dealt_ptr=None, falls_ptr=None, turns_ptr=None, leads_ptr=None, pieces_ptr=None)
 if not gated:
     constants["z_desc"] = None
 floats = ("final_ptr", "handed_ptr", "scores_ptr", "falls_ptr")
-counts = ("sync_ptr", "dealt_ptr", "turns_ptr")
+counts = ("sync_ptr", "dealt_ptr", "turns_ptr", "leads_ptr", "pieces_ptr")
 signature, constexprs = {}, {}
 for place, parameter in enumerate(kernel.params):
     name = parameter.name
@@ -68,7 +68,7 @@ pathlib.Path(os.environ["TRITON_CACHE_DIR"], "cubin").write_bytes(compiled.asm["
 # pair, split (into equal segments, or as they are dealt out), gated, relaxed, slices of a head
 _FORMS = {
     "one slice, gate": ("_kernel", "00101"),
-    "two slices, segments, relaxed": ("_kernel", "11011"),
+    "two slices, segments, relaxed": ("_kernel", "12011"),
     "two slices of a head, gate": ("_kernel", "11102"),
     "state of 256, segments": ("wide_kernel", "11002"),
     "state of 256, segments dealt out": ("wide_kernel", "12002"),

@@ -166,6 +166,42 @@ def test_segments_of_a_state_of_256_are_dealt_out(
         assert_golden(result, plain, oracle)
 
 
+@pytest.mark.parametrize("per_channel", [False, True], ids=["", "D of each channel"])
+@pytest.mark.parametrize(
+    ("batch", "heads", "head_dim", "groups", "segments", "available"),
+    [(1, 7, 64, 1, 3, 14), (2, 10, 64, 2, 2, 28), (1, 5, 128, 1, 3, 18)],
+    ids=["a slice over", "in two groups", "two slices of a head"],
+)
+def test_leads_dealt_out_by_head(
+    batch: int, heads: int, head_dim: int, groups: int, segments: int, available: int, per_channel: bool,
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    from fastmamba import ssd_plan
+    from fastmamba.kernels import ssd_hopper
+
+    monkeypatch.setattr(ssd_hopper, "multiprocessors", lambda device: available)
+    request.addfinalizer(ssd_plan.plan.cache_clear)  # whatever becomes of this test
+    monkeypatch.setattr(ssd_plan, "_DEALT", 4)
+    monkeypatch.setattr(ssd_plan, "_DEALT_WORTH", 9.0)  # leads differ, whatever that gains
+    ssd_plan.plan.cache_clear()
+    slices = heads * head_dim // 64 // groups
+    planned = ssd_plan.plan(batch, groups, slices, 98, segments, 2, available)
+    assert planned.unit and planned.leaders > 1
+    options = {"initial": True, "per_channel_d": per_channel}
+    case = ssd_case(batch, 6233, heads, head_dim, groups, 128, dtype=torch.bfloat16, device="cuda", **options)
+    case = aligned(case)
+    # What is far back matters, or nothing does but the last chunk; one head grows.
+    rates = torch.tensor([0.01, 100.0, 1.0, 5.0, -1e-4], device="cuda")
+    case.A = case.A * rates[torch.arange(heads, device="cuda") % 5]
+    config = ssd_config(case.x.device, case.x.dtype, batch, 6233, heads, head_dim, 128, None, groups=groups)
+    config = dataclasses.replace(config, segments=segments, block_slices=2, stages=3)
+    with override(config):
+        results = [ssd(*case.arguments(), **case.keywords(), backend="triton") for _ in range(3)]
+    assert all(torch.equal(mine, its) for other in results[1:] for mine, its in zip(results[0], other, strict=True))
+    for result, plain, oracle in zip(results[0], case.plain(), case.oracle(), strict=True):
+        assert_golden(result, plain, oracle)
+
+
 @pytest.mark.parametrize(
     ("heads", "head_dim", "state", "slices", "segments"),
     [(3, 64, 128, 2, 20), (3, 64, 64, 1, 17), (2, 128, 128, 2, 18), (3, 64, 256, 2, 17)],

@@ -1,0 +1,225 @@
+"""The launches before a long SSD on Hopper: how many of the first chunks leaders walk of each head, and how all decay.
+
+The SSD waits for both. So the first one is one block of few instructions, for these come from memory, too; and the
+second one ends at once where nothing is left out. (Blocks of the SSD that find out by themselves, each for its heads,
+read dt in pieces of two bytes: 222 us for 174.)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from fastmamba.kernels._dealt import NOTHING, _factor, step_of, store_falls
+from fastmamba.kernels._dot import INTERPRETED
+from fastmamba.kernels._launch import Launcher
+from fastmamba.ssd_plan import GROUP, MOST_UNITS, Plan
+
+_GROUP = tl.constexpr(GROUP)
+_PIECES = tl.constexpr(MOST_UNITS)
+_SAMPLES = tl.constexpr(32)  # tokens that a head's rate is estimated from
+_LEVELS = tl.constexpr(64)  # times that blocks may take, to choose from
+_HEADS = tl.constexpr(16)  # that a program sums up the decays of, over a group of chunks
+_ALL = tl.constexpr(32767)  # more chunks than any part of a first pass has
+
+
+_COUNTS = [
+    "H", "T", "chunks", "slots", "segments", "leaders", "unit", "most", "lead", "slices_per_group",
+    "per_group", "stride_dt_b", "stride_dt_t", "stride_dt_h",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_COUNTS)
+def _falls_kernel(
+    falls_ptr, dt_ptr, A_ptr, bias_ptr, leads_ptr, H, T, chunks, slots, stride_dt_b, stride_dt_t,
+    stride_dt_h, dt_min, dt_max, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr, LOG_A: tl.constexpr, Q: tl.constexpr,
+    SLOTS: tl.constexpr,
+):  # fmt: skip
+    """log2 of the decays over each chunk [b, H, chunks], where any is left out: a group of chunks of _HEADS heads."""
+    if not INTERPRETED:
+        gdc_launch_dependents()
+        gdc_wait()
+    b = tl.program_id(2).to(tl.int64)
+    slot = tl.arange(0, SLOTS)
+    leads = tl.load(leads_ptr + b * slots + slot, mask=slot < slots, other=_ALL << 16)
+    if tl.min(leads >> 16, axis=0) < _ALL:
+        store_falls(falls_ptr, dt_ptr, A_ptr, bias_ptr, b, tl.program_id(0) * _GROUP, tl.program_id(1) * _HEADS, chunks,
+                    T, H, stride_dt_b, stride_dt_t, stride_dt_h, dt_min, dt_max, SOFTPLUS, CLAMP, LOG_A, Q, _GROUP,
+                    _HEADS)  # fmt: skip
+
+
+@triton.jit
+def _estimate(
+    dt_ptr,  # at the sequence
+    A_ptr, bias_ptr, head, there, T, stride_dt_t, stride_dt_h, dt_min, dt_max, SOFTPLUS: tl.constexpr,
+    CLAMP: tl.constexpr, LOG_A: tl.constexpr,
+):  # fmt: skip
+    """log2 of the decay over _SAMPLES tokens, of heads [n]."""
+    i = tl.arange(0, _SAMPLES)
+    t = ((2 * i + 1) * (T.to(tl.float32) / (2 * _SAMPLES))).to(tl.int64)
+    at = dt_ptr + t[:, None] * stride_dt_t + head[None, :] * stride_dt_h
+    dt = tl.load(at, mask=there[None, :], other=0.0)
+    bias = 0.0
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + head, mask=there, other=0.0).to(tl.float32)[None, :]
+    dt = step_of(dt, bias, dt_min, dt_max, SOFTPLUS, CLAMP)
+    return tl.sum(dt, axis=0) * _factor(A_ptr, head, there, LOG_A)
+
+
+@triton.jit
+def _wanted(level, fast, slow, k, k_slow, part):
+    """Pieces that leaders have to walk of slots [n, 1] so that other blocks end by times [1, m]."""
+    return tl.maximum(tl.minimum(fast - k * level, slow - k_slow * level) * part + 0.999, 0.0).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=_COUNTS)
+def _deal_kernel(
+    dt_ptr, A_ptr, bias_ptr, leads_ptr, pieces_ptr, T, chunks, slots, segments, leaders, unit, most, lead,
+    slices_per_group, per_group, stride_dt_b, stride_dt_t, stride_dt_h, first, handover, worth, dt_min, dt_max,
+    SLICES: tl.constexpr, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr, LOG_A: tl.constexpr, Q: tl.constexpr,
+    SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Leads [b, slots] so that all blocks end soonest, and the leaders' pieces [b, leaders, _PIECES]."""
+    if not INTERPRETED:
+        gdc_launch_dependents()
+    b = tl.program_id(0).to(tl.int64)
+    dt_ptr += b * stride_dt_b
+    leads_ptr += b * slots
+    pieces_ptr += b * leaders * _PIECES
+    slot = tl.arange(0, SLOTS)
+    there = slot < slots
+    g = ((slot.to(tl.float32) + 0.5) / per_group.to(tl.float32)).to(tl.int32)
+    slice = (slot - g * per_group) * 2
+    begin = g * slices_per_group
+    head = (begin + slice) // SLICES
+    fall = _estimate(
+        dt_ptr, A_ptr, bias_ptr, head, there, T, stride_dt_t, stride_dt_h, dt_min, dt_max, SOFTPLUS, CLAMP, LOG_A
+    )
+    if SLICES % 2 == 1:
+        head = (begin + tl.minimum(slice + 1, slices_per_group - 1)) // SLICES
+        other = _estimate(
+            dt_ptr, A_ptr, bias_ptr, head, there, T, stride_dt_t, stride_dt_h, dt_min, dt_max, SOFTPLUS, CLAMP, LOG_A
+        )
+        fall = tl.maximum(fall, other)
+    # After how many chunks nothing is left. What does not decay, or is not a number, is taken to last.
+    needed = tl.where(fall < -1e-6, (NOTHING * _SAMPLES / Q) / tl.minimum(fall, -1e-6), 1e9)
+    needed = tl.where(there, needed, -1.0)
+    # The slowest first, to leaders in turn and back.
+    slower = (needed[None, :] > needed[:, None]) | (needed[None, :] == needed[:, None]) & (
+        slot[None, :] < slot[:, None]
+    )
+    rank = tl.sum(slower.to(tl.int32), axis=1)
+    turn = ((rank.to(tl.float32) + 0.5) / leaders.to(tl.float32)).to(tl.int32)
+    leader = rank - turn * leaders
+    following = (turn + 2) * leaders - 1 - leader  # whose slot comes next
+    leader = tl.where(turn % 2 == 0, leader, leaders - 1 - leader)
+    # A block takes handover + first * the smaller of (n (k - 1) + lead) / k^2 and 2 needed, and then (n - lead) / k:
+    # `fast` and `slow`, less k and k_slow times what it may take, are the lead that takes it.
+    n = chunks.to(tl.float32)
+    k = segments.to(tl.float32)
+    whole = n + k * handover
+    fast = tl.where(there, whole + k * (2.0 * first) * needed, 0.0)[:, None]
+    lasts = k / (k - first)
+    slow = tl.where(there, lasts * (whole + first * n * (k - 1.0) / k), 0.0)[:, None]
+    part = 1.0 / unit.to(tl.float32)
+    # Times from what a block takes with the longest lead and no first pass to what it does without a lead.
+    shortest = (n - most) / k
+    step = (first * n / k + handover + most / k) * (1.0 / _LEVELS)
+    least = (there & (rank < leaders)).to(tl.int32)
+    level = shortest + step * (tl.arange(0, _LEVELS) + 1).to(tl.float32)
+    wanted = tl.maximum(_wanted(level[None, :], fast, slow, k, k * lasts, part), least[:, None])
+    walks = (leader[None, :] == slot[:, None]) & there[None, :]
+    walked = tl.dot(walks.to(tl.float16), wanted.to(tl.float16))  # by each leader
+    over = (wanted * unit > most) | (walked * unit > level[None, :])
+    late = tl.max(over.to(tl.float32), axis=0)
+    level = tl.zeros([1, 1], tl.float32) + (shortest + step) + step * tl.sum(late, axis=0)
+    # Blocks of different leads are out of step, and so slower. Where too little is gained all have the same, and all
+    # of their first passes.
+    alike = tl.max(level, axis=1) > worth
+    wanted = tl.max(_wanted(level, fast, slow, k, k * lasts, part), axis=1)
+    wanted = tl.minimum(tl.maximum(tl.where(alike, lead // unit, wanted), least), most // unit)
+    wanted = tl.where(there, wanted, 0)
+    needed = tl.where(alike, _ALL, tl.minimum(needed + 1.0, _ALL).to(tl.int32))
+    earlier = (leader[None, :] == leader[:, None]) & (turn[None, :] < turn[:, None])
+    place = tl.sum(tl.where(earlier, wanted[None, :], 0), axis=1)
+    walked = tl.maximum(tl.minimum(wanted, _PIECES - 2 - place), 0)
+    tl.store(leads_ptr + slot, walked * unit | needed << 16, mask=there)
+    piece = tl.arange(0, _PIECES)[None, :]
+    place = tl.minimum(place, _PIECES - 2)
+    inside = piece < walked[:, None]
+    rest = ((following >= slots) & there)[:, None] & (place[:, None] + piece < _PIECES)
+    at = pieces_ptr + (leader * _PIECES + place)[:, None] + piece
+    tl.store(at, tl.where(inside, slot[:, None] | piece << 16, -1), mask=inside | rest)
+
+
+_launch = Launcher(_deal_kernel)
+_launch_falls = Launcher(_falls_kernel)
+
+
+class Leads(NamedTuple):
+    """What is in memory once the launches are through."""
+
+    falls: Tensor
+    """(B, H, chunks) in float32: log2 of the decay over each chunk; anything where nothing is left out."""
+    leads: Tensor
+    """(B, slots), int32: how many chunks leaders walk of each slot, a multiple of `Plan.unit` and at most `Plan.most`.
+
+    And 2**16 times after how many chunks nothing is left of either head, by an estimate; at most 32767. Slot s has the
+    two slices that block s of a segment has.
+    """
+    pieces: Tensor
+    """(B, leaders, MOST_UNITS), int32: what leaders walk, `Plan.unit` chunks at a time, one at least and two less than
+    there are places at most: slot + 2**16 * the how manieth of that slot's, then -1."""
+
+
+def deal_leads(
+    plan: Plan,
+    dt: Tensor,
+    A: Tensor,
+    bias: Tensor | None,
+    softplus: bool,
+    dt_min: float,
+    dt_max: float,
+    log_A: bool,
+    *,
+    chunk: int,
+    slices: int,
+    slices_per_group: int,
+    slots: int,
+) -> Leads:
+    """Work out how chunks decay, and deal first chunks out to leaders so that all blocks of an SSD end soonest.
+
+    By an estimate of how fast heads decay, from tokens drawn evenly. What is dealt out decides how results are rounded,
+    and the time that the SSD takes, but nothing else.
+
+    Args:
+        plan: with leads to deal out.
+        dt: (B, T, H).
+        A, bias: (H,), contiguous.
+        softplus, dt_min, dt_max, log_A: what becomes of them, as of `fastmamba.ops.ssd`.
+        chunk: tokens of a chunk.
+        slices: of a head.
+        slices_per_group, slots: of all heads of a group, and of a sequence.
+    """
+    batch, tokens, heads = dt.shape
+    chunks = -(-tokens // chunk)
+    found = Leads(
+        dt.new_empty((batch, heads, chunks), dtype=torch.float32),
+        dt.new_empty((batch, slots), dtype=torch.int32),
+        dt.new_empty((batch, plan.leaders, MOST_UNITS), dtype=torch.int32),
+    )
+    numbers = (tokens, chunks, slots, plan.segments, plan.leaders, plan.unit, plan.most, plan.lead, slices_per_group)
+    numbers += (plan.blocks_per_group, *dt.stride(), plan.first, plan.handover, plan.worth, dt_min, dt_max)
+    clamped = dt_min > 0.0 or dt_max != float("inf") or not softplus
+    form = (softplus, clamped, log_A, chunk, max(16, triton.next_power_of_2(slots)))
+    _launch((batch, 1, 1), (dt, A, bias, found.leads, found.pieces), numbers, (slices, *form), num_warps=16)
+    groups, parts = -(-chunks // GROUP), -(-heads // _HEADS.value)
+    numbers = (heads, tokens, chunks, slots, *dt.stride(), dt_min, dt_max)
+    tensors = (found.falls, dt, A, bias, found.leads)
+    _launch_falls((groups, parts, batch), tensors, numbers, form, num_warps=16, launch_pdl=True)
+    return found
