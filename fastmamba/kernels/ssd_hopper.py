@@ -1,4 +1,4 @@
-"""The SSD prefill on Hopper: one launch, each block a pipeline of specialised warps.
+"""The SSD prefill on Hopper: one launch, behind one or two short ones in long calls; blocks are pipelines of warps.
 
 A block owns two slices of 64 channels (two heads, or parts of one), or only one, of one group over one segment of the
 sequence, and walks it in chunks of 64 tokens. Its warps have roles, tied together by a ring of shared-memory stages:
