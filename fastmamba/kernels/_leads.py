@@ -1,8 +1,8 @@
 """The launches before a long SSD on Hopper: how many of the first chunks leaders walk of each head, and how all decay.
 
 The SSD waits for both. So the first one is one block of few instructions, for these come from memory, too; and the
-second one ends at once where nothing is left out. In shorter calls one launch does both. (Blocks of the SSD that find
-out by themselves, each for its heads, read dt in pieces of two bytes: 222 us for 174.)
+second one ends at once where nothing is left out. (Blocks of the SSD that find out by themselves, each for its heads,
+read dt in pieces of two bytes: 222 us for 174.)
 """
 
 from __future__ import annotations
@@ -26,13 +26,11 @@ _SAMPLES = tl.constexpr(32)  # tokens that a head's rate is estimated from
 _LEVELS = tl.constexpr(64)  # times that blocks may take, to choose from
 _HEADS = tl.constexpr(16)  # that a program sums up the decays of, over a group of chunks
 _ALL = tl.constexpr(32767)  # more chunks than any part of a first pass has
-_APART = 512
-"""Chunks from which on decays have a launch of their own, which ends at once where nothing is left out."""
 
 
 _COUNTS = [
-    "batch", "groups", "parts", "H", "T", "chunks", "slots", "segments", "leaders", "unit", "most", "lead",
-    "slices_per_group", "per_group", "stride_dt_b",
+    "H", "T", "chunks", "slots", "segments", "leaders", "unit", "most", "lead", "slices_per_group",
+    "per_group", "stride_dt_b",
 ]  # fmt: skip
 """Not strides of tokens and heads: what they are multiples of says how much a thread may load at once."""
 
@@ -80,16 +78,20 @@ def _wanted(level, fast, slow, k, k_slow, part):
     return tl.maximum(tl.minimum(fast - k * level, slow - k_slow * level) * part + 0.999, 0.0).to(tl.int32)
 
 
-@triton.jit
-def _deal(
-    leads_ptr,  # at the sequence
-    pieces_ptr,  # at the sequence
-    dt_ptr,  # at the sequence
-    A_ptr, bias_ptr, T, chunks, slots, segments, leaders, unit, most, lead, slices_per_group, per_group, stride_dt_t,
-    stride_dt_h, first, handover, worth, dt_min, dt_max, SLICES: tl.constexpr, SOFTPLUS: tl.constexpr,
-    CLAMP: tl.constexpr, LOG_A: tl.constexpr, Q: tl.constexpr, SLOTS: tl.constexpr,
+@triton.jit(do_not_specialize=_COUNTS)
+def _deal_kernel(
+    dt_ptr, A_ptr, bias_ptr, leads_ptr, pieces_ptr, T, chunks, slots, segments, leaders, unit, most, lead,
+    slices_per_group, per_group, stride_dt_b, stride_dt_t, stride_dt_h, first, handover, worth, dt_min, dt_max,
+    SLICES: tl.constexpr, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr, LOG_A: tl.constexpr, Q: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """Leads [slots] so that all blocks end soonest, and the leaders' pieces [leaders, _PIECES]."""
+    """Leads [b, slots] so that all blocks end soonest, and the leaders' pieces [b, leaders, _PIECES]."""
+    if not INTERPRETED:
+        gdc_launch_dependents()
+    b = tl.program_id(0).to(tl.int64)
+    dt_ptr += b * stride_dt_b
+    leads_ptr += b * slots
+    pieces_ptr += b * leaders * _PIECES
     slot = tl.arange(0, SLOTS)
     there = slot < slots
     g = ((slot.to(tl.float32) + 0.5) / per_group.to(tl.float32)).to(tl.int32)
@@ -156,29 +158,6 @@ def _deal(
     tl.store(at, tl.where(inside, slot[:, None] | piece << 16, -1), mask=inside | rest)
 
 
-@triton.jit(do_not_specialize=_COUNTS)
-def _deal_kernel(
-    dt_ptr, A_ptr, bias_ptr, leads_ptr, pieces_ptr, falls_ptr, batch, groups, parts, H, T, chunks, slots, segments,
-    leaders, unit, most, lead, slices_per_group, per_group, stride_dt_b, stride_dt_t, stride_dt_h, first, handover,
-    worth, dt_min, dt_max, SLICES: tl.constexpr, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr, LOG_A: tl.constexpr,
-    Q: tl.constexpr, SLOTS: tl.constexpr,
-):  # fmt: skip
-    if not INTERPRETED:
-        gdc_launch_dependents()
-    program = tl.program_id(0)
-    if program < batch:  # the longest first
-        b = program.to(tl.int64)
-        _deal(leads_ptr + b * slots, pieces_ptr + b * leaders * _PIECES, dt_ptr + b * stride_dt_b, A_ptr, bias_ptr, T,
-              chunks, slots, segments, leaders, unit, most, lead, slices_per_group, per_group, stride_dt_t, stride_dt_h,
-              first, handover, worth, dt_min, dt_max, SLICES, SOFTPLUS, CLAMP, LOG_A, Q, SLOTS)  # fmt: skip
-    elif falls_ptr is not None:
-        place = program - batch
-        b = (place // (groups * parts)).to(tl.int64)
-        store_falls(falls_ptr, dt_ptr, A_ptr, bias_ptr, b, place // parts % groups * _GROUP, place % parts * _HEADS,
-                    chunks, T, H, stride_dt_b, stride_dt_t, stride_dt_h, dt_min, dt_max, SOFTPLUS, CLAMP, LOG_A, Q,
-                    _GROUP, _HEADS)  # fmt: skip
-
-
 _launch = Launcher(_deal_kernel)
 _launch_falls = Launcher(_falls_kernel)
 
@@ -235,17 +214,13 @@ def deal_leads(
         dt.new_empty((batch, slots), dtype=torch.int32),
         dt.new_empty((batch, plan.leaders, MOST_UNITS), dtype=torch.int32),
     )
-    groups, parts = -(-chunks // GROUP), -(-heads // _HEADS.value)
-    together = chunks < _APART
-    numbers = (batch, groups, parts, heads, tokens, chunks, slots, plan.segments, plan.leaders, plan.unit, plan.most)
-    numbers += (plan.lead, slices_per_group, plan.blocks_per_group, *dt.stride(), plan.first, plan.handover, plan.worth)
+    numbers = (tokens, chunks, slots, plan.segments, plan.leaders, plan.unit, plan.most, plan.lead, slices_per_group)
+    numbers += (plan.blocks_per_group, *dt.stride(), plan.first, plan.handover, plan.worth, dt_min, dt_max)
     clamped = dt_min > 0.0 or dt_max != float("inf") or not softplus
     form = (softplus, clamped, log_A, chunk, max(16, triton.next_power_of_2(slots)))
-    tensors = (dt, A, bias, found.leads, found.pieces, found.falls if together else None)
-    grid = (batch * (1 + groups * parts) if together else batch, 1, 1)
-    _launch(grid, tensors, (*numbers, dt_min, dt_max), (slices, *form), num_warps=16)
-    if not together:
-        numbers = (heads, tokens, chunks, slots, *dt.stride(), dt_min, dt_max)
-        tensors = (found.falls, dt, A, bias, found.leads)
-        _launch_falls((groups, parts, batch), tensors, numbers, form, num_warps=16, launch_pdl=True)
+    _launch((batch, 1, 1), (dt, A, bias, found.leads, found.pieces), numbers, (slices, *form), num_warps=16)
+    groups, parts = -(-chunks // GROUP), -(-heads // _HEADS.value)
+    numbers = (heads, tokens, chunks, slots, *dt.stride(), dt_min, dt_max)
+    tensors = (found.falls, dt, A, bias, found.leads)
+    _launch_falls((groups, parts, batch), tensors, numbers, form, num_warps=16, launch_pdl=True)
     return found
