@@ -13,11 +13,12 @@ import triton
 import triton.language as tl
 
 from fastmamba.kernels._softplus import softplus_by_series
+from fastmamba.ssd_plan import MOST_DEALT
 
 LOG2E = tl.constexpr(1.4426950408889634)
 NOTHING = tl.constexpr(-32.0)
 """log2 of a decay that leaves nothing of what was before: 2 ** 8 below what float32 rounds off of anything like it."""
-MOST = tl.constexpr(16)
+MOST = tl.constexpr(MOST_DEALT)
 """Segments of a sequence at most."""
 SAMPLES = tl.constexpr(32)
 """Tokens that a head's rate is estimated from."""
@@ -162,10 +163,10 @@ def _times(needed, k, chunks, first, start, handover, wait, SHARED: tl.constexpr
 def deal(
     dealt_ptr,  # at the sequence
     dt_ptr,  # at the sequence
-    A_ptr, bias_ptr, T, chunks, slots, blocks, slices, slices_per_group, per_group, first, start, handover,
-    wait, stride_dt_t, stride_dt_h, dt_min, dt_max, BLOCK_SLICES: tl.constexpr, HEADS: tl.constexpr,
-    SHARED: tl.constexpr, SOFTPLUS: tl.constexpr,
-    CLAMP: tl.constexpr, LOG_A: tl.constexpr, Q: tl.constexpr, SLOTS: tl.constexpr, BLOCKS: tl.constexpr,
+    A_ptr, bias_ptr, T, chunks, slots, blocks, slices, slices_per_group, per_group, first, start, handover, wait,
+    stride_dt_t, stride_dt_h, dt_min, dt_max, BLOCK_SLICES: tl.constexpr, HEADS: tl.constexpr, SHARED: tl.constexpr,
+    SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr, LOG_A: tl.constexpr, Q: tl.constexpr, SLOTS: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Cut the sequences of `slots` into as many segments as make `blocks` of them end soonest; leave who walks what.
 

@@ -6,14 +6,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from fastmamba.kernels._dealt import NOTHING
+from fastmamba.kernels._ssd_hopper_decays import _add
 
 _NOTHING = gl.constexpr(NOTHING.value)  # log2 of a decay that leaves nothing
 _STEP = gl.constexpr(256)  # chunks looked at at a time
-
-
-@gluon.jit
-def _add(a, b):
-    return a + b
 
 
 @gluon.jit
