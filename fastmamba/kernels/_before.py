@@ -10,30 +10,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from fastmamba.kernels._dealt import Costs, Slots, deal, store_falls
+from fastmamba.kernels._dealt import Costs, Slots, Steps, deal, store_falls
 from fastmamba.kernels._dot import INTERPRETED
 from fastmamba.kernels._launch import Launcher
 from fastmamba.kernels._scores import store_scores
-
-
-class Steps(NamedTuple):
-    """How time steps and decays are given, as `fastmamba.ops.ssd` takes them."""
-
-    dt: Tensor
-    """(B, T, H)."""
-    A: Tensor
-    """(H,) in float32, contiguous."""
-    bias: Tensor | None
-    """(H,), contiguous."""
-    softplus: bool
-    dt_min: float
-    dt_max: float
-    log_A: bool
-
-    @property
-    def clamped(self) -> bool:
-        return self.dt_min > 0.0 or self.dt_max != float("inf") or not self.softplus
-
 
 _COUNTS = [
     "T", "chunks", "plans", "decays", "parts", "rows", "H", "G", "slots", "blocks", "slices", "slices_per_group",

@@ -8,9 +8,11 @@ that a call takes depends on them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastmamba.kernels._softplus import softplus_by_series
 from fastmamba.ssd_plan import MOST_DEALT
@@ -24,6 +26,26 @@ SAMPLES = tl.constexpr(32)
 """Tokens that a head's rate is estimated from."""
 STEPS = tl.constexpr(12)
 """Bisections of the time that all blocks may take."""
+
+
+class Steps(NamedTuple):
+    """How time steps and decays are given, as `fastmamba.ops.ssd` takes them."""
+
+    dt: Tensor
+    """(B, T, H)."""
+    A: Tensor
+    """(H,) in float32, contiguous."""
+    bias: Tensor | None
+    """(H,), contiguous."""
+    softplus: bool
+    dt_min: float
+    dt_max: float
+    log_A: bool
+
+    @property
+    def clamped(self) -> bool:
+        """Whether time steps are held to a range: what softplus gives is not negative."""
+        return self.dt_min > 0.0 or self.dt_max != float("inf") or not self.softplus
 
 
 @dataclass(frozen=True)
@@ -104,7 +126,7 @@ def store_falls(
 
 
 @triton.jit
-def _needed(
+def after_chunks(
     dt_ptr, A_ptr, bias_ptr, head, there, T, stride_dt_t, stride_dt_h, dt_min, dt_max, SOFTPLUS: tl.constexpr,
     CLAMP: tl.constexpr, LOG_A: tl.constexpr, Q: tl.constexpr,
 ):  # fmt: skip
@@ -127,17 +149,17 @@ def _needs(
     dt_max, BLOCK_SLICES: tl.constexpr, HEADS: tl.constexpr, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr,
     LOG_A: tl.constexpr, Q: tl.constexpr,
 ):  # fmt: skip
-    """`_needed` of slots [n]: of the slowest of their heads."""
+    """`after_chunks` of slots [n]: of the slowest of their heads."""
     there = slot < slots
     within = slot % per_group * BLOCK_SLICES
     of_group = slot // per_group * slices_per_group
     head = (of_group + within) // slices
-    needed = _needed(
+    needed = after_chunks(
         dt_ptr, A_ptr, bias_ptr, head, there, T, stride_dt_t, stride_dt_h, dt_min, dt_max, SOFTPLUS, CLAMP, LOG_A, Q
     )
     if HEADS == 2:  # of an odd number of slices, the last one is alone
         head = (of_group + tl.minimum(within + 1, slices_per_group - 1)) // slices
-        other = _needed(
+        other = after_chunks(
             dt_ptr, A_ptr, bias_ptr, head, there, T, stride_dt_t, stride_dt_h, dt_min, dt_max, SOFTPLUS, CLAMP, LOG_A, Q
         )
         needed = tl.maximum(needed, other)

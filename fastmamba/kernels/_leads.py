@@ -15,14 +15,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fastmamba.kernels._dealt import NOTHING, _factor, step_of, store_falls
+from fastmamba.kernels._dealt import Steps, after_chunks, store_falls
 from fastmamba.kernels._dot import INTERPRETED
 from fastmamba.kernels._launch import Launcher
 from fastmamba.ssd_plan import GROUP, MOST_UNITS, Plan
 
 _GROUP = tl.constexpr(GROUP)
 _PIECES = tl.constexpr(MOST_UNITS)
-_SAMPLES = tl.constexpr(32)  # tokens that a head's rate is estimated from
 _LEVELS = tl.constexpr(64)  # times that blocks may take, to choose from
 _HEADS = tl.constexpr(16)  # that a program sums up the decays of, over a group of chunks
 _ALL = tl.constexpr(32767)  # more chunks than any part of a first pass has
@@ -55,24 +54,6 @@ def _falls_kernel(
 
 
 @triton.jit
-def _estimate(
-    dt_ptr,  # at the sequence
-    A_ptr, bias_ptr, head, there, T, stride_dt_t, stride_dt_h, dt_min, dt_max, SOFTPLUS: tl.constexpr,
-    CLAMP: tl.constexpr, LOG_A: tl.constexpr,
-):  # fmt: skip
-    """log2 of the decay over _SAMPLES tokens, of heads [n]."""
-    i = tl.arange(0, _SAMPLES)
-    t = ((2 * i + 1) * (T.to(tl.float32) / (2 * _SAMPLES))).to(tl.int64)
-    at = dt_ptr + t[:, None] * stride_dt_t + head[None, :] * stride_dt_h
-    dt = tl.load(at, mask=there[None, :], other=0.0)
-    bias = 0.0
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + head, mask=there, other=0.0).to(tl.float32)[None, :]
-    dt = step_of(dt, bias, dt_min, dt_max, SOFTPLUS, CLAMP)
-    return tl.sum(dt, axis=0) * _factor(A_ptr, head, there, LOG_A)
-
-
-@triton.jit
 def _wanted(level, fast, slow, k, k_slow, part):
     """Pieces that leaders have to walk of slots [n, 1] so that other blocks end by times [1, m]."""
     return tl.maximum(tl.minimum(fast - k * level, slow - k_slow * level) * part + 0.999, 0.0).to(tl.int32)
@@ -98,17 +79,15 @@ def _deal_kernel(
     slice = (slot - g * per_group) * 2
     begin = g * slices_per_group
     head = (begin + slice) // SLICES
-    fall = _estimate(
-        dt_ptr, A_ptr, bias_ptr, head, there, T, stride_dt_t, stride_dt_h, dt_min, dt_max, SOFTPLUS, CLAMP, LOG_A
+    needed = after_chunks(
+        dt_ptr, A_ptr, bias_ptr, head, there, T, stride_dt_t, stride_dt_h, dt_min, dt_max, SOFTPLUS, CLAMP, LOG_A, Q
     )
     if SLICES % 2 == 1:
         head = (begin + tl.minimum(slice + 1, slices_per_group - 1)) // SLICES
-        other = _estimate(
-            dt_ptr, A_ptr, bias_ptr, head, there, T, stride_dt_t, stride_dt_h, dt_min, dt_max, SOFTPLUS, CLAMP, LOG_A
+        other = after_chunks(
+            dt_ptr, A_ptr, bias_ptr, head, there, T, stride_dt_t, stride_dt_h, dt_min, dt_max, SOFTPLUS, CLAMP, LOG_A, Q
         )
-        fall = tl.maximum(fall, other)
-    # After how many chunks nothing is left. What does not decay, or is not a number, is taken to last.
-    needed = tl.where(fall < -1e-6, (NOTHING * _SAMPLES / Q) / tl.minimum(fall, -1e-6), 1e9)
+        needed = tl.maximum(needed, other)
     needed = tl.where(there, needed, -1.0)
     # The slowest first, to leaders in turn and back.
     slower = (needed[None, :] > needed[:, None]) | (needed[None, :] == needed[:, None]) & (
@@ -180,13 +159,7 @@ class Leads(NamedTuple):
 
 def deal_leads(
     plan: Plan,
-    dt: Tensor,
-    A: Tensor,
-    bias: Tensor | None,
-    softplus: bool,
-    dt_min: float,
-    dt_max: float,
-    log_A: bool,
+    steps: Steps,
     *,
     chunk: int,
     slices: int,
@@ -200,13 +173,12 @@ def deal_leads(
 
     Args:
         plan: with leads to deal out.
-        dt: (B, T, H).
-        A, bias: (H,), contiguous.
-        softplus, dt_min, dt_max, log_A: what becomes of them, as of `fastmamba.ops.ssd`.
+        steps: dt, A and what becomes of them.
         chunk: tokens of a chunk.
         slices: of a head.
         slices_per_group, slots: of all heads of a group, and of a sequence.
     """
+    dt, limits = steps.dt, (steps.dt_min, steps.dt_max)
     batch, tokens, heads = dt.shape
     chunks = -(-tokens // chunk)
     found = Leads(
@@ -215,12 +187,11 @@ def deal_leads(
         dt.new_empty((batch, plan.leaders, MOST_UNITS), dtype=torch.int32),
     )
     numbers = (tokens, chunks, slots, plan.segments, plan.leaders, plan.unit, plan.most, plan.lead, slices_per_group)
-    numbers += (plan.blocks_per_group, *dt.stride(), plan.first, plan.handover, plan.worth, dt_min, dt_max)
-    clamped = dt_min > 0.0 or dt_max != float("inf") or not softplus
-    form = (softplus, clamped, log_A, chunk, max(16, triton.next_power_of_2(slots)))
-    _launch((batch, 1, 1), (dt, A, bias, found.leads, found.pieces), numbers, (slices, *form), num_warps=16)
+    numbers += (plan.blocks_per_group, *dt.stride(), plan.first, plan.handover, plan.worth, *limits)
+    form = (steps.softplus, steps.clamped, steps.log_A, chunk, max(16, triton.next_power_of_2(slots)))
+    _launch((batch, 1, 1), (dt, steps.A, steps.bias, found.leads, found.pieces), numbers, (slices, *form), num_warps=16)
     groups, parts = -(-chunks // GROUP), -(-heads // _HEADS.value)
-    numbers = (heads, tokens, chunks, slots, *dt.stride(), dt_min, dt_max)
-    tensors = (found.falls, dt, A, bias, found.leads)
+    numbers = (heads, tokens, chunks, slots, *dt.stride(), *limits)
+    tensors = (found.falls, dt, steps.A, steps.bias, found.leads)
     _launch_falls((groups, parts, batch), tensors, numbers, form, num_warps=16, launch_pdl=True)
     return found

@@ -22,9 +22,8 @@ def store_scores(
     b = tl.cast(group // G, tl.int64)
     g = group % G
     q = tl.arange(0, Q)
-    PART: tl.constexpr = tl.constexpr(
-        64 if BN > 64 else BN
-    )  # all parts are on their way at once, and none in registers
+    # All parts are on their way at once, and none in registers.
+    PART: tl.constexpr = tl.constexpr(64 if BN > 64 else BN)
     n = tl.arange(0, PART)
     t = place % chunks * Q + q
     inside = (t < T)[:, None]

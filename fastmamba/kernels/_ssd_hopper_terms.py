@@ -68,3 +68,9 @@ def slices_of(block, part_of_group, blocks_per_group, slices_per_group, PAIR: gl
     g = ((block.to(gl.float32) + 0.5) * part_of_group).to(gl.int32)
     place = (block - g * blocks_per_group) * PAIR
     return g, g * slices_per_group + place, (place + 1 < slices_per_group).to(gl.int32)
+
+
+@gluon.jit
+def _wait_for_launches_before():
+    """What they wrote is visible then: this kernel starts while they still run."""
+    gl.inline_asm_elementwise("{griddepcontrol.wait; mov.b32 $0, 0;}", "=r", [], dtype=gl.int32, is_pure=False, pack=1)

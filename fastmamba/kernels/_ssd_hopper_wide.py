@@ -58,6 +58,7 @@ from fastmamba.kernels._ssd_hopper_terms import (
     _advance,
     _load,
     _seen_as,
+    _wait_for_launches_before,
     sync_threads,
 )
 from fastmamba.kernels._ssd_hopper_wide_copies import (
@@ -76,7 +77,6 @@ from fastmamba.kernels._ssd_hopper_wide_scores import (
     _await_scores,
     _score,
     _score_by_turns,
-    _wait_for_launches_before,
 )
 
 LINE = gl.constexpr(gl.BlockedLayout([1, 2], [1, 32], [4, 1], [1, 0]))  # dt of four chunks

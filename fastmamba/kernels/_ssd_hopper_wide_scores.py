@@ -15,12 +15,6 @@ from fastmamba.kernels._ssd_hopper_wide_copies import STAGES, N, _load_pair
 
 
 @gluon.jit
-def _wait_for_launches_before():
-    """What they wrote is visible then: this kernel starts while that of the scores still runs."""
-    gl.inline_asm_elementwise("{griddepcontrol.wait; mov.b32 $0, 0;}", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
 def _fence_copies(n):
     """Between plain accesses to global memory and the copy engine's."""
     code: gl.constexpr = "{fence.proxy.async.global; mov.b32 $0, 0;}"

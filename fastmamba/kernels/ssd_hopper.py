@@ -44,8 +44,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fastmamba.configs import SsdConfig, multiprocessors
-from fastmamba.kernels._before import Steps, before
-from fastmamba.kernels._dealt import Costs, Slots
+from fastmamba.kernels._before import before
+from fastmamba.kernels._dealt import Costs, Slots, Steps
 from fastmamba.kernels._launch import Launcher
 from fastmamba.kernels._leads import deal_leads
 from fastmamba.kernels._scores import chunk_scores
@@ -69,11 +69,11 @@ from fastmamba.kernels._ssd_hopper_terms import (
     ROWS,
     Q,
     _seen_as,
+    _wait_for_launches_before,
     slices_of,
     sync_threads,
 )
 from fastmamba.kernels._ssd_hopper_wide import _SIZES, _STRIDES, wide_kernel
-from fastmamba.kernels._ssd_hopper_wide_scores import _wait_for_launches_before
 from fastmamba.kernels._sync import zeros_left_as_found
 from fastmamba.ssd_plan import plan, scorers
 
@@ -450,13 +450,13 @@ def ssd(
     handed = sync = dealt = falls = turns = final  # not looked at unless the sequence is split
     A = A.contiguous()
     dt_bias = None if dt_bias is None else dt_bias.contiguous()
+    steps = Steps(dt, A, dt_bias, dt_softplus, dt_min, dt_max, log_A)
     scoring = 0
     if segments > 1:
         walks = batch * slices * segments
         # a state that a walker hands on, and one that it keeps for later
         handed = new(walks * (2 * 64 * width + 4 // state_dtype.itemsize), dtype=state_dtype)
         if planned.dealt:
-            steps = Steps(dt, A, dt_bias, dt_softplus, dt_min, dt_max, log_A)
             slots = Slots(groups * blocks_per_group, head_dim // 64, slices_per_group, blocks_per_group, block_slices)
             found = before(
                 steps,
@@ -506,8 +506,7 @@ def ssd(
         *dt.stride(),
         *((0, 0) if D is None else (1, 0) if D.ndim == 1 else (head_dim, 1)),
     )
-    clamp = dt_min > 0.0 or dt_max != float("inf") or not dt_softplus
-    form = (dt_softplus, clamp, z is not None, return_final_states, segments > 1, relaxed)
+    form = (dt_softplus, steps.clamped, z is not None, return_final_states, segments > 1, relaxed)
     numbers += (batch * slices * segments, 1 / blocks_per_group, planned.share)
     if wide:
         scored = scoring > 0 or planned.dealt > 0
@@ -539,22 +538,16 @@ def ssd(
             x.stride(0),
             x.stride(1),
         )
-        dealt: tuple[Tensor | None, ...] = (None, None, None)
+        leads: tuple[Tensor | None, ...] = (None, None, None)
         if planned.unit:
-            dealt = deal_leads(
+            leads = deal_leads(
                 planned,
-                dt,
-                tensors[6],
-                tensors[8],
-                dt_softplus,
-                dt_min,
-                dt_max,
-                log_A,
+                steps,
                 chunk=config.chunk,
                 slices=head_dim // 64,
                 slices_per_group=slices_per_group,
                 slots=blocks,
             )
-        tensors = (*tensors, x, *dealt)
+        tensors = (*tensors, x, *leads)
         _launch(grid, tensors, numbers, constants, num_warps=config.warps, launch_pdl=planned.unit > 0)
     return y, final if return_final_states else new(0, dtype=torch.float32)

@@ -33,8 +33,8 @@ from triton.language.extra.cuda import gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastmamba.configs import MOST_REGISTERS, SsdConfig, copy_engine
-from fastmamba.kernels._before import Steps, before
-from fastmamba.kernels._dealt import MOST, NOTHING, Costs, Slots
+from fastmamba.kernels._before import before
+from fastmamba.kernels._dealt import MOST, NOTHING, Costs, Slots, Steps
 from fastmamba.kernels._decays import (
     CUM,
     ENTRY,
@@ -95,7 +95,7 @@ def _plus(a, b):
 
 
 @triton.jit
-def _before(handed, passed, count, size, there, STEPS: tl.constexpr, EXACT: tl.constexpr):
+def _handed_on(handed, passed, count, size, there, STEPS: tl.constexpr, EXACT: tl.constexpr):
     """Some of the state before a segment, of what the `count` segments before it handed on, each `size` elements.
 
     And the decay since the first of these began. Both end where nothing is left, unless that could grow again.
@@ -341,9 +341,9 @@ def _ssd_kernel(
             tl.debug_barrier()
             tl.store(flag, 0)  # left as it was found
         handed += n[None, :]
-        state, left = _before(handed, passed, count, P * N, has_state, STEPS, COMPENSATED)
+        state, left = _handed_on(handed, passed, count, P * N, has_state, STEPS, COMPENSATED)
         if PARTS == 2:
-            right, left = _before(handed + WN, passed, count, P * N, has_right, STEPS, COMPENSATED)
+            right, left = _handed_on(handed + WN, passed, count, P * N, has_right, STEPS, COMPENSATED)
         if init_ptr is not None:
             if seg < SPAN:
                 state += tl.load(init_ptr + state_at, mask=has_state, other=0.0).to(tl.float32) * left
@@ -628,12 +628,11 @@ def ssd(
             steps = tiles[:2]
     dealt = apart = own = None
     own_chunk, own_token = chunk, 1
-    clamps = dt_min > 0.0 or dt_max != float("inf") or not dt_softplus
     A = A.contiguous()
     dt_bias = None if dt_bias is None else dt_bias.contiguous()
+    paces = Steps(dt, A, dt_bias, dt_softplus, dt_min, dt_max, log_A)
     if not compensated and config.scores:
         if deals:
-            paces = Steps(dt, A, dt_bias, dt_softplus, dt_min, dt_max, log_A)
             slots = Slots(heads * slices, slices, heads * slices, heads * slices, 1)
             of = {"groups": groups, "shared": False, "falls": False, "B": B, "C": C, "precision": config.precision}
             found = before(paces, slots, _COSTS, chunk, config.blocks, overlap=engine, **of)
@@ -697,7 +696,7 @@ def ssd(
         parts,
         config.rows,
         dt_softplus,
-        clamps,
+        paces.clamped,
         compensated or not dt_min >= 0.0,  # a logarithm needs dt to be positive
         D is not None and D.ndim == 1,
         D is not None and D.ndim == 2,

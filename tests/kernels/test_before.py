@@ -10,8 +10,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from fastmamba.kernels._before import Steps, before  # noqa: E402
-from fastmamba.kernels._dealt import MOST, NOTHING, Costs, Slots  # noqa: E402
+from fastmamba.kernels._before import before  # noqa: E402
+from fastmamba.kernels._dealt import MOST, NOTHING, Costs, Slots, Steps  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Q = 16

@@ -90,7 +90,8 @@ assert blocks * (compiled.metadata.shared + 1024) <= limit + 1024
 @pytest.mark.parametrize(
     ("target", "blocks", "spilt", "beside"),
     [
-        (("90", "80", "64", "128"), 3, 80, 0),
+        # what is left out takes one register more, which the newest Triton spills before and behind the loops
+        (("90", "80", "64", "128"), 3, 64 if LOWEST else 68, 0),
         # a product that runs on gains more than these four cost, as measured
         (("90", "24", "128", "256"), 1, 768, 4),
         (("80", "24", "128", "256"), 1, 512, 0),
