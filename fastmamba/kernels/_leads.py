@@ -25,11 +25,14 @@ _PIECES = tl.constexpr(MOST_UNITS)
 _LEVELS = tl.constexpr(64)  # times that blocks may take, to choose from
 _HEADS = tl.constexpr(16)  # that a program sums up the decays of, over a group of chunks
 _ALL = tl.constexpr(32767)  # more chunks than any part of a first pass has
+_APART = 512
+"""Chunks from which on decays have a launch of their own, which ends at once where nothing is left out."""
+_WARPS = 8
 
 
 _COUNTS = [
-    "H", "T", "chunks", "slots", "segments", "leaders", "unit", "most", "lead", "slices_per_group",
-    "per_group", "stride_dt_b",
+    "batch", "groups", "parts", "H", "T", "chunks", "slots", "segments", "leaders", "unit", "most", "lead",
+    "slices_per_group", "per_group", "stride_dt_b",
 ]  # fmt: skip
 """Not strides of tokens and heads: what they are multiples of says how much a thread may load at once."""
 
@@ -55,30 +58,29 @@ def _falls_kernel(
 
 @triton.jit
 def _wanted(level, fast, slow, k, k_slow, part):
-    """Pieces that leaders have to walk of slots [n, 1] so that other blocks end by times [1, m]."""
+    """Pieces that leaders have to walk of slots so that other blocks end by times `level`."""
     return tl.maximum(tl.minimum(fast - k * level, slow - k_slow * level) * part + 0.999, 0.0).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=_COUNTS)
-def _deal_kernel(
-    dt_ptr, A_ptr, bias_ptr, leads_ptr, pieces_ptr, T, chunks, slots, segments, leaders, unit, most, lead,
-    slices_per_group, per_group, stride_dt_b, stride_dt_t, stride_dt_h, first, handover, worth, dt_min, dt_max,
-    SLICES: tl.constexpr, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr, LOG_A: tl.constexpr, Q: tl.constexpr,
-    SLOTS: tl.constexpr,
+@triton.jit
+def _deal(
+    leads_ptr,  # at the sequence
+    pieces_ptr,  # at the sequence
+    dt_ptr,  # at the sequence
+    A_ptr, bias_ptr, T, chunks, slots, segments, leaders, unit, most, lead, slices_per_group, per_group, stride_dt_t,
+    stride_dt_h, first, handover, worth, dt_min, dt_max, SLICES: tl.constexpr, SOFTPLUS: tl.constexpr,
+    CLAMP: tl.constexpr, LOG_A: tl.constexpr, Q: tl.constexpr, SLOTS: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
-    """Leads [b, slots] so that all blocks end soonest, and the leaders' pieces [b, leaders, _PIECES]."""
-    if not INTERPRETED:
-        gdc_launch_dependents()
-    b = tl.program_id(0).to(tl.int64)
-    dt_ptr += b * stride_dt_b
-    leads_ptr += b * slots
-    pieces_ptr += b * leaders * _PIECES
+    """Leads [slots] so that all blocks end soonest, and the leaders' pieces [leaders, _PIECES]."""
     slot = tl.arange(0, SLOTS)
     there = slot < slots
-    g = ((slot.to(tl.float32) + 0.5) / per_group.to(tl.float32)).to(tl.int32)
-    slice = (slot - g * per_group) * 2
-    begin = g * slices_per_group
-    head = (begin + slice) // SLICES
+    if SLICES == 2:
+        head = slot
+    else:
+        g = ((slot.to(tl.float32) + 0.5) / per_group.to(tl.float32)).to(tl.int32)
+        slice = (slot - g * per_group) * 2
+        begin = g * slices_per_group
+        head = (begin + slice) // SLICES
     needed = after_chunks(
         dt_ptr, A_ptr, bias_ptr, head, there, T, stride_dt_t, stride_dt_h, dt_min, dt_max, SOFTPLUS, CLAMP, LOG_A, Q
     )
@@ -88,53 +90,76 @@ def _deal_kernel(
             dt_ptr, A_ptr, bias_ptr, head, there, T, stride_dt_t, stride_dt_h, dt_min, dt_max, SOFTPLUS, CLAMP, LOG_A, Q
         )
         needed = tl.maximum(needed, other)
-    needed = tl.where(there, needed, -1.0)
-    # The slowest first, to leaders in turn and back.
-    slower = (needed[None, :] > needed[:, None]) | (needed[None, :] == needed[:, None]) & (
-        slot[None, :] < slot[:, None]
-    )
-    rank = tl.sum(slower.to(tl.int32), axis=1)
-    turn = ((rank.to(tl.float32) + 0.5) / leaders.to(tl.float32)).to(tl.int32)
-    leader = rank - turn * leaders
-    following = (turn + 2) * leaders - 1 - leader  # whose slot comes next
-    leader = tl.where(turn % 2 == 0, leader, leaders - 1 - leader)
+    # The slowest first, to all leaders, then the next ones: of each round all have as long a lead, so that leaders
+    # walk as much. Bits of floats that are not negative are in their order; the last ones are the slot's.
+    order = tl.where(there, needed.to(tl.int32, bitcast=True) & -SLOTS | (SLOTS - 1 - slot), -1 - slot)
+    rank = tl.sum((order[None, :] > order[:, None]).to(tl.int32), axis=1)
+    own = ((rank.to(tl.float32) + 0.5) / leaders.to(tl.float32)).to(tl.int32)
+    leader = rank - own * leaders
+    round = tl.arange(0, ROUNDS)
+    slowest = tl.max(tl.where(there[:, None] & (own[:, None] == round[None, :]), needed[:, None], -1.0), axis=0)
     # A block takes handover + first * the smaller of (n (k - 1) + lead) / k^2 and 2 needed, and then (n - lead) / k:
     # `fast` and `slow`, less k and k_slow times what it may take, are the lead that takes it.
     n = chunks.to(tl.float32)
     k = segments.to(tl.float32)
     whole = n + k * handover
-    fast = tl.where(there, whole + k * (2.0 * first) * needed, 0.0)[:, None]
     lasts = k / (k - first)
-    slow = tl.where(there, lasts * (whole + first * n * (k - 1.0) / k), 0.0)[:, None]
+    k_slow = k * lasts
+    fast = tl.where(slowest >= 0.0, whole + k * (2.0 * first) * slowest, 0.0)
+    slow = lasts * (whole + first * n * (k - 1.0) / k)
     part = 1.0 / unit.to(tl.float32)
     # Times from what a block takes with the longest lead and no first pass to what it does without a lead.
     shortest = (n - most) / k
     step = (first * n / k + handover + most / k) * (1.0 / _LEVELS)
-    least = (there & (rank < leaders)).to(tl.int32)
-    level = shortest + step * (tl.arange(0, _LEVELS) + 1).to(tl.float32)
-    wanted = tl.maximum(_wanted(level[None, :], fast, slow, k, k * lasts, part), least[:, None])
-    walks = (leader[None, :] == slot[:, None]) & there[None, :]
-    walked = tl.dot(walks.to(tl.float16), wanted.to(tl.float16))  # by each leader
-    over = (wanted * unit > most) | (walked * unit > level[None, :])
-    late = tl.max(over.to(tl.float32), axis=0)
-    level = tl.zeros([1, 1], tl.float32) + (shortest + step) + step * tl.sum(late, axis=0)
+    least = (round == 0).to(tl.int32)  # no leader is without pieces
+    level = (shortest + step * (tl.arange(0, _LEVELS) + 1).to(tl.float32))[None, :]
+    wanted = tl.maximum(_wanted(level, fast[:, None], slow, k, k_slow, part), least[:, None]) * unit
+    walked = tl.sum(tl.where(wanted > most, 1 << 20, wanted), axis=0)  # by each leader
+    late = tl.sum((walked[None, :] > level).to(tl.int32), axis=1)
+    end = shortest + step + step * tl.max(late, axis=0)
     # Blocks of different leads are out of step, and so slower. Where too little is gained all have the same, and all
     # of their first passes.
-    alike = tl.max(level, axis=1) > worth
-    wanted = tl.max(_wanted(level, fast, slow, k, k * lasts, part), axis=1)
-    wanted = tl.minimum(tl.maximum(tl.where(alike, lead // unit, wanted), least), most // unit)
-    wanted = tl.where(there, wanted, 0)
-    needed = tl.where(alike, _ALL, tl.minimum(needed + 1.0, _ALL).to(tl.int32))
-    earlier = (leader[None, :] == leader[:, None]) & (turn[None, :] < turn[:, None])
-    place = tl.sum(tl.where(earlier, wanted[None, :], 0), axis=1)
-    walked = tl.maximum(tl.minimum(wanted, _PIECES - 2 - place), 0)
-    tl.store(leads_ptr + slot, walked * unit | needed << 16, mask=there)
-    piece = tl.arange(0, _PIECES)[None, :]
+    alike = end > worth
+    wanted = tl.where(alike, tl.where(slowest >= 0.0, lead // unit, 0), _wanted(end, fast, slow, k, k_slow, part))
+    wanted = tl.minimum(tl.maximum(wanted, least), most // unit)
+    place = tl.sum(tl.where(round[None, :] < round[:, None], wanted[None, :], 0), axis=1)
     place = tl.minimum(place, _PIECES - 2)
-    inside = piece < walked[:, None]
-    rest = ((following >= slots) & there)[:, None] & (place[:, None] + piece < _PIECES)
-    at = pieces_ptr + (leader * _PIECES + place)[:, None] + piece
-    tl.store(at, tl.where(inside, slot[:, None] | piece << 16, -1), mask=inside | rest)
+    wanted = tl.minimum(wanted, _PIECES - 2 - place)
+    both = tl.sum(tl.where(own[:, None] == round[None, :], (wanted | place << 16)[None, :], 0), axis=1)
+    wanted = both & 0xFFFF
+    place = both >> 16
+    needed = tl.where(alike, _ALL, tl.minimum(needed + 1.0, _ALL).to(tl.int32))
+    tl.store(leads_ptr + slot, wanted * unit | needed << 16, mask=there)
+    piece = tl.arange(0, _PIECES)[None, :] - place[:, None]
+    lasts = there & (rank + leaders >= slots)
+    piece = tl.where(there[:, None], piece, -1)
+    at = pieces_ptr + (leader * _PIECES)[:, None] + tl.arange(0, _PIECES)[None, :]
+    inside = piece < wanted[:, None]
+    entry = tl.where(inside, slot[:, None] | piece << 16, -1)
+    tl.store(at, entry, mask=(piece >= 0) & (inside | lasts[:, None]))
+
+
+@triton.jit(do_not_specialize=_COUNTS)
+def _deal_kernel(
+    dt_ptr, A_ptr, bias_ptr, leads_ptr, pieces_ptr, falls_ptr, batch, groups, parts, H, T, chunks, slots, segments,
+    leaders, unit, most, lead, slices_per_group, per_group, stride_dt_b, stride_dt_t, stride_dt_h, first, handover,
+    worth, dt_min, dt_max, SLICES: tl.constexpr, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr, LOG_A: tl.constexpr,
+    Q: tl.constexpr, SLOTS: tl.constexpr, ROUNDS: tl.constexpr,
+):  # fmt: skip
+    if not INTERPRETED:
+        gdc_launch_dependents()
+    program = tl.program_id(0)
+    if program < batch:  # the longest first
+        b = program.to(tl.int64)
+        _deal(leads_ptr + b * slots, pieces_ptr + b * leaders * _PIECES, dt_ptr + b * stride_dt_b, A_ptr, bias_ptr, T,
+              chunks, slots, segments, leaders, unit, most, lead, slices_per_group, per_group, stride_dt_t, stride_dt_h,
+              first, handover, worth, dt_min, dt_max, SLICES, SOFTPLUS, CLAMP, LOG_A, Q, SLOTS, ROUNDS)  # fmt: skip
+    elif falls_ptr is not None:
+        place = program - batch
+        b = (place // (groups * parts)).to(tl.int64)
+        store_falls(falls_ptr, dt_ptr, A_ptr, bias_ptr, b, place // parts % groups * _GROUP, place % parts * _HEADS,
+                    chunks, T, H, stride_dt_b, stride_dt_t, stride_dt_h, dt_min, dt_max, SOFTPLUS, CLAMP, LOG_A, Q,
+                    _GROUP, _HEADS)  # fmt: skip
 
 
 _launch = Launcher(_deal_kernel)
@@ -178,7 +203,7 @@ def deal_leads(
         slices: of a head.
         slices_per_group, slots: of all heads of a group, and of a sequence.
     """
-    dt, limits = steps.dt, (steps.dt_min, steps.dt_max)
+    dt = steps.dt
     batch, tokens, heads = dt.shape
     chunks = -(-tokens // chunk)
     found = Leads(
@@ -186,12 +211,19 @@ def deal_leads(
         dt.new_empty((batch, slots), dtype=torch.int32),
         dt.new_empty((batch, plan.leaders, MOST_UNITS), dtype=torch.int32),
     )
-    numbers = (tokens, chunks, slots, plan.segments, plan.leaders, plan.unit, plan.most, plan.lead, slices_per_group)
-    numbers += (plan.blocks_per_group, *dt.stride(), plan.first, plan.handover, plan.worth, *limits)
-    form = (steps.softplus, steps.clamped, steps.log_A, chunk, max(16, triton.next_power_of_2(slots)))
-    _launch((batch, 1, 1), (dt, steps.A, steps.bias, found.leads, found.pieces), numbers, (slices, *form), num_warps=16)
     groups, parts = -(-chunks // GROUP), -(-heads // _HEADS.value)
-    numbers = (heads, tokens, chunks, slots, *dt.stride(), *limits)
-    tensors = (found.falls, dt, steps.A, steps.bias, found.leads)
-    _launch_falls((groups, parts, batch), tensors, numbers, form, num_warps=16, launch_pdl=True)
+    together = chunks < _APART
+    numbers = (batch, groups, parts, heads, tokens, chunks, slots, plan.segments, plan.leaders, plan.unit, plan.most)
+    numbers += (plan.lead, slices_per_group, plan.blocks_per_group, *dt.stride(), plan.first, plan.handover, plan.worth)
+    limits = steps.dt_min, steps.dt_max
+    power = triton.next_power_of_2
+    form = (steps.softplus, steps.clamped, steps.log_A, chunk, max(16, power(slots)))
+    tensors = (dt, steps.A, steps.bias, found.leads, found.pieces, found.falls if together else None)
+    programs = batch * (1 + groups * parts) if together else batch
+    rounds = power(-(-slots // plan.leaders))
+    _launch((programs, 1, 1), tensors, (*numbers, *limits), (slices, *form, rounds), num_warps=_WARPS)
+    if not together:
+        numbers = (heads, tokens, chunks, slots, *dt.stride(), *limits)
+        tensors = (found.falls, dt, steps.A, steps.bias, found.leads)
+        _launch_falls((groups, parts, batch), tensors, numbers, form, num_warps=16, launch_pdl=True)
     return found
