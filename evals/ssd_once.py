@@ -4,7 +4,8 @@
     python evals/ssd_once.py --small-grid
 
 The last call lies between cudaProfilerStart and Stop. The small grid has what makes memory accesses odd: tails, heads
-that fill no block, groups, gates, initial states, wide heads and states, batches; its outputs are checked.
+that fill no block, groups, gates, initial states, wide heads and states, batches, and two long sequences; its outputs
+are checked.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ SMALL_GRID: list[tuple[tuple[int, int, int, int, int, int], dict[str, Any]]] = [
     ((1, 129, 2, 128, 2, 256), {"skip": False}),
     ((1, 1100, 2, 64, 1, 256), {"initial": True}),
     ((3, 64, 2, 40, 1, 48), {"bias": False, "initial": True}),
+    # long enough to leave out what has decayed, and for blocks to be dealt out by head
+    ((1, 8200, 3, 128, 1, 256), {}),
+    ((1, 16400, 40, 128, 1, 128), {"initial": True}),
 ]
 
 

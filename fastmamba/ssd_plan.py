@@ -93,6 +93,8 @@ _NARROW = {1: _Pace(first=0.5, handover=8.0), 2: _Pace(first=0.42, handover=5.5)
 _GATED = {1: _Pace(first=0.35, handover=4.0), 2: _Pace(first=0.28, handover=1.0)}
 _DEALT = 340
 """Chunks of a segment from which on leads are dealt out by head: below, the launches before take what that gains."""
+_DEALT_SHORT = (256, 385)
+"""Chunks of shorter sequences where they are, too, if each block's two slices are of one head."""
 _DEALT_MOST = 1 << 15
 """Chunks of a sequence, which are counted in 15 bits."""
 _DEALT_SEGMENTS = 3
@@ -154,13 +156,14 @@ def _possible(plan: Plan, chunks: int, step: int) -> bool:
     return chunks - plan.lead > (plan.segments - 1) * plan.per_segment and reached
 
 
-def _dealt(plan: Plan, blocks: int, chunks: int, idle: int, pace: _Pace) -> Plan:
+def _dealt(plan: Plan, blocks: int, chunks: int, idle: int, pace: _Pace, one_head: bool) -> Plan:
     """The plan with leads dealt out by head, where a sequence is long enough for that to pay.
 
     To so many idle multiprocessors, or as many as there are `blocks` of a segment.
     """
     segments, leaders = plan.segments, min(idle, blocks)
-    if plan.lead == 0 or segments > _DEALT_SEGMENTS or not _DEALT * segments <= chunks < _DEALT_MOST:
+    pays = _DEALT * segments <= chunks < _DEALT_MOST or one_head and chunks in range(*_DEALT_SHORT)
+    if plan.lead == 0 or segments > _DEALT_SEGMENTS or not pays:
         return plan
     unit = -(-int(pace.walk(segments, chunks, 0)) // ((MOST_UNITS - 2) * GROUP)) * GROUP
     most = 0
@@ -184,11 +187,13 @@ def plan(
     *,
     wide: bool = False,
     gated: bool = False,
+    one_head: bool = False,
     deal: bool = True,
 ) -> Plan:
     """How to divide `slices` of each group in `chunks` into `segments` at most, for blocks of `block_slices`.
 
-    `wide` says that states have more than 128 channels, `deal` that leads may be dealt out by head.
+    `wide` says that states have more than 128 channels, `one_head` that the two slices of each block are of one head,
+    `deal` that leads may be dealt out by head.
     """
     blocks_per_group = -(-slices // block_slices)
     segments = min(segments, chunks)
@@ -208,7 +213,7 @@ def plan(
         return found
     pace = (_GATED if gated else _NARROW)[block_slices]
     led = _led(found, block_slices, blocks, chunks, idle, pace)
-    return led if block_slices == 1 or gated or not deal else _dealt(led, blocks, chunks, idle, pace)
+    return led if block_slices == 1 or gated or not deal else _dealt(led, blocks, chunks, idle, pace, one_head)
 
 
 def scorers(batch: int, groups: int, plan: Plan, multiprocessors: int) -> int:

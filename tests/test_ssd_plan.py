@@ -65,6 +65,8 @@ def test_leaders_finish_with_the_others() -> None:
     dealt = plan(1, 1, 80, 1024, 3, 2, H200)
     assert (dealt.segments, dealt.leaders, dealt.lead, dealt.unit, dealt.most) == (3, 12, 100, 8, 256)
     assert plan(1, 1, 80, 256, 3, 2, 120).leaders == 0
+    assert plan(1, 1, 80, 256, 3, 2, H200, one_head=True).unit == 4
+    assert plan(1, 1, 80, 512, 3, 2, H200, one_head=True).unit == 0
 
 
 @pytest.mark.parametrize("batch, groups, slices", SHAPES)

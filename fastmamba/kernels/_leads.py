@@ -1,8 +1,8 @@
 """The launches before a long SSD on Hopper: how many of the first chunks leaders walk of each head, and how all decay.
 
-The SSD waits for both. So the first one is one block of few instructions, for these come from memory, too; and the
-second one ends at once where nothing is left out. (Blocks of the SSD that find out by themselves, each for its heads,
-read dt in pieces of two bytes: 222 us for 174.)
+The SSD waits for both. So leads are dealt out by one block of few instructions, for these come from memory, too; and
+where decays take longer than that, they have a launch of their own, which ends at once where nothing is left out.
+(Blocks of the SSD that find out by themselves, each for its heads, read dt in pieces of two bytes: 222 us for 174.)
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _HEADS = tl.constexpr(16)  # that a program sums up the decays of, over a group 
 _ALL = tl.constexpr(32767)  # more chunks than any part of a first pass has
 _APART = 512
 """Chunks from which on decays have a launch of their own, which ends at once where nothing is left out."""
-_WARPS = 8
+_WARPS = 16
 
 
 _COUNTS = [

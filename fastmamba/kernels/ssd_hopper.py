@@ -440,6 +440,7 @@ def ssd(
         available,
         wide=wide,
         gated=z is not None,
+        one_head=head_dim // 64 % 2 == 0,
         deal=tokens * dt.stride(1) < 1 << 32,  # leads are a third of a sequence at most, and offsets have 32 bits
     )
     blocks_per_group, segments = planned.blocks_per_group, planned.segments

@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from fastmamba.kernels import _leads  # noqa: E402
 from fastmamba.kernels._dealt import NOTHING, Steps  # noqa: E402
 from fastmamba.kernels._leads import Leads, deal_leads  # noqa: E402
 from fastmamba.ssd_plan import Plan  # noqa: E402
@@ -29,11 +30,14 @@ def _dealt(plan: Plan, rates: list[float], tokens: int, slices: int = 2, groups:
 
 
 @pytest.mark.parametrize(
-    ("rates", "unit", "most"),
-    [([0.0, 0.1, 1.0, 1.0, 9.0, 9.0, 99.0], 4, 56), ([0.0] * 5, 8, 48), ([99.0] * 3, 4, 56), ([0.0] * 9, 4, 56)],
+    ("rates", "leaders", "unit", "most"),
+    [
+        ([0.0, 0.1, 1.0, 1.0, 9.0, 9.0, 99.0], 3, 4, 56), ([0.0] * 5, 3, 8, 48), ([99.0] * 3, 3, 4, 56),
+        ([0.0] * 9, 3, 4, 56), ([0.0, 1.0, 1.0, 1.0, 1.0, 9.0], 1, 4, 56),
+    ],
 )
-def test_leads_of_slow_heads_are_longer(rates: list[float], unit: int, most: int) -> None:
-    chunks, segments, leaders = 240, 3, 3
+def test_leads_of_slow_heads_are_longer(rates: list[float], leaders: int, unit: int, most: int) -> None:
+    chunks, segments = 240, 3
     plan = Plan(len(rates), segments, 80, leaders=leaders, unit=unit, most=most, first=0.5, handover=6.0, worth=1e9)
     found = _dealt(plan, rates, chunks * Q)
     leads = (found.leads[0] & 0xFFFF).tolist()
@@ -83,7 +87,7 @@ def test_all_leads_are_alike_where_different_ones_gain_too_little() -> None:
     assert sorted((found.pieces[0] >= 0).sum(1).tolist()) == [6, 6]
 
 
-def test_falls_are_those_of_chunks() -> None:
+def test_falls_are_those_of_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     batch, tokens, heads = 2, 5 * Q + 5, 18
     plan = Plan(18, 2, 3, leaders=1, unit=4, most=4, first=0.5, handover=3.0, worth=1e9)
@@ -95,6 +99,9 @@ def test_falls_are_those_of_chunks() -> None:
     log2 = step * -A_log.double().exp() / math.log(2.0)
     expected = torch.nn.functional.pad(log2, (0, 0, 0, 6 * Q - tokens)).view(batch, 6, Q, heads).sum(2).transpose(1, 2)
     torch.testing.assert_close(found.falls.double(), expected, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(_leads, "_APART", 0)  # by a launch of their own
+    apart = deal_leads(plan, Steps(dt, A_log, bias, True, 0.0, 2.0, True), **shape)
+    assert all(torch.equal(mine, its) for mine, its in zip(found, apart, strict=True))
     dt[0, 2 * Q + 1, 3] = math.nan
     falls = deal_leads(plan, Steps(dt, A_log, bias, True, 0.0, math.inf, True), **shape).falls
     assert falls.isnan().nonzero().tolist() == [[0, 3, 2]]

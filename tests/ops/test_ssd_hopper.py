@@ -177,12 +177,13 @@ def test_leads_dealt_out_by_head(
     monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest,
 ) -> None:  # fmt: skip
     from fastmamba import ssd_plan
-    from fastmamba.kernels import ssd_hopper
+    from fastmamba.kernels import _leads, ssd_hopper
 
     monkeypatch.setattr(ssd_hopper, "multiprocessors", lambda device: available)
     request.addfinalizer(ssd_plan.plan.cache_clear)  # whatever becomes of this test
     monkeypatch.setattr(ssd_plan, "_DEALT", 4)
     monkeypatch.setattr(ssd_plan, "_DEALT_WORTH", 9.0)  # leads differ, whatever that gains
+    monkeypatch.setattr(_leads, "_APART", 0 if per_channel else 512)  # both ways to launch what comes before
     ssd_plan.plan.cache_clear()
     slices = heads * head_dim // 64 // groups
     planned = ssd_plan.plan(batch, groups, slices, 98, segments, 2, available)
