@@ -25,7 +25,7 @@ _ARRIVE = re.compile(r"(?:@%p\d+ )?mbarrier\.arrive\.shared::cta\.b64 _, (\[.*?\
 _EXPECT = re.compile(r"(@%p\d+ )?mbarrier\.arrive\.expect_tx\.shared(?:::cta)?\.b64 _, (\[.*?\]), \d+;")
 _MEETING = re.compile(r"bar\.sync\s+\S+ (\d+);")
 _ALL = re.compile(r"barrier\.sync\s+1;")
-_SLEEP = "nanosleep.u32 1000000;"
+_SLEEP = "nanosleep.u32 1000000;" * 16  # a millisecond is the most; two were too few for 132 long blocks
 
 
 def followed(ptx: str) -> str:
@@ -53,7 +53,7 @@ def followed(ptx: str) -> str:
         elif "mbarrier.arrive" in text:
             raise ValueError(f"ptx: {text!r} is an arrival of a form that is not known here")
         elif _ALL.match(text):
-            line = f"{text} {_SLEEP} {_SLEEP}"
+            line = f"{text} {_SLEEP}"
         lines.append(line)
     return "\n".join(lines) + "\n"
 
