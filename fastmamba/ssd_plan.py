@@ -81,7 +81,7 @@ class _Pace:
         walked = (chunks - lead) / segments
         return self.first * (lead + (segments - 1) * walked) / segments + self.handover + walked
 
-    def lead(self, segments: int, chunks: int, pieces: int) -> float:
+    def lead(self, segments: int, chunks: int, pieces: float) -> float:
         """How many chunks of so many pieces leaders walk meanwhile."""
         whole = self.walk(segments, chunks, 0)
         return whole / (pieces + whole - self.walk(segments, chunks, 1))
@@ -92,9 +92,14 @@ class _Pace:
 _NARROW = {1: _Pace(first=0.5, handover=8.0), 2: _Pace(first=0.42, handover=5.5)}
 _GATED = {1: _Pace(first=0.35, handover=4.0), 2: _Pace(first=0.28, handover=1.0)}
 _DEALT = 340
-"""Chunks of a segment from which on leads are dealt out by head: below, the launches before take what that gains."""
-_DEALT_SHORT = (256, 385)
-"""Chunks of shorter sequences where they are, too, if each block's two slices are of one head."""
+"""Chunks of a segment from which on leads are dealt out by head: below, the launch before takes what that gains."""
+_DEALT_LAUNCH = 5.0
+"""What that launch takes, in chunks of a second pass."""
+_DEALT_SLOW = 1 / 3
+"""Of heads, those that decay so slowly that leads are for them, as Mamba-2 initialises dt and A."""
+_DEALT_SOON = 0.95
+"""Where a block's two slices are of one head, leads are dealt out in shorter segments, too, if with so many slow heads
+blocks take less than that, launch and all, of what they take with the same leads. (Of two heads that was no faster.)"""
 _DEALT_MOST = 1 << 15
 """Chunks of a sequence, which are counted in 15 bits."""
 _DEALT_SEGMENTS = 3
@@ -162,16 +167,18 @@ def _dealt(plan: Plan, blocks: int, chunks: int, idle: int, pace: _Pace, one_hea
     To so many idle multiprocessors, or as many as there are `blocks` of a segment.
     """
     segments, leaders = plan.segments, min(idle, blocks)
-    pays = _DEALT * segments <= chunks < _DEALT_MOST or one_head and chunks in range(*_DEALT_SHORT)
-    if plan.lead == 0 or segments > _DEALT_SEGMENTS or not pays:
+    if plan.lead == 0 or segments > _DEALT_SEGMENTS or chunks >= _DEALT_MOST:
         return plan
     unit = -(-int(pace.walk(segments, chunks, 0)) // ((MOST_UNITS - 2) * GROUP)) * GROUP
     most = 0
     while most + unit <= chunks / (segments + 1) and _possible(_with_lead(plan, chunks, most + unit), chunks, GROUP):
         most += unit
-    if most == 0:
+    alike = pace.walk(segments, chunks, plan.lead)
+    typical = pace.walk(segments, chunks, min(most, pace.lead(segments, chunks, _DEALT_SLOW * blocks / leaders)))
+    soon = one_head and typical + _DEALT_LAUNCH < _DEALT_SOON * alike
+    if most == 0 or not (soon or chunks >= _DEALT * segments):
         return plan
-    worth = _DEALT_WORTH * pace.walk(segments, chunks, plan.lead)
+    worth = _DEALT_WORTH * alike
     return replace(plan, leaders=leaders, unit=unit, most=most, first=pace.first, handover=pace.handover, worth=worth)
 
 

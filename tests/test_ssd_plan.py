@@ -65,8 +65,17 @@ def test_leaders_finish_with_the_others() -> None:
     dealt = plan(1, 1, 80, 1024, 3, 2, H200)
     assert (dealt.segments, dealt.leaders, dealt.lead, dealt.unit, dealt.most) == (3, 12, 100, 8, 256)
     assert plan(1, 1, 80, 256, 3, 2, 120).leaders == 0
-    assert plan(1, 1, 80, 256, 3, 2, H200, one_head=True).unit == 4
-    assert plan(1, 1, 80, 512, 3, 2, H200, one_head=True).unit == 0
+
+
+def test_leads_are_dealt_out_where_that_gains_more_than_a_launch_takes() -> None:
+    def units(slices: int, segments: int, chunks: tuple[int, ...], one_head: bool) -> list[int]:
+        return [plan(1, 1, slices, n, segments, 2, H200, one_head=one_head).unit for n in chunks]
+
+    assert units(80, 3, (128, 192, 256, 512, 1024), True) == [0, 0, 4, 4, 8]
+    assert units(80, 3, (256, 512, 1019, 1024), False) == [0, 0, 0, 8]
+    assert units(72, 3, (256, 512, 1024), True) == [0, 0, 8]  # with twice as many leaders, the same leads will do
+    assert units(84, 3, (256, 1024), True) == [0, 8]  # with half as many, leads are short
+    assert units(96, 2, (256, 512, 704), True) == [0, 0, 8]
 
 
 @pytest.mark.parametrize("batch, groups, slices", SHAPES)
