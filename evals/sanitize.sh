@@ -1,7 +1,8 @@
 #!/bin/sh
 # compute-sanitizer over the SSD kernels on a small grid of odd shapes: accesses out of bounds, races in shared memory.
 #     evals/sanitize.sh [TOOL ...]       memcheck and racecheck; PYTHON and LIMIT (seconds for each tool) can be set
-# For racecheck the kernels take the form of racecheck_ptx.py, and its control has to come out as it should.
+# For racecheck the kernels take the form of racecheck_ptx.py, and its control has to come out as it should; no other
+# process should use the GPU then.
 # torch's own kernels are not instrumented. Allocations are not cached, so that each tensor has its own bounds.
 set -u
 cd "$(dirname "$0")/.." || exit 2

@@ -27,7 +27,6 @@ _HEADS = tl.constexpr(16)  # that a program sums up the decays of, over a group 
 _ALL = tl.constexpr(32767)  # more chunks than any part of a first pass has
 _APART = 512
 """Chunks from which on decays have a launch of their own, which ends at once where nothing is left out."""
-_WARPS = 16
 
 
 _COUNTS = [
@@ -58,7 +57,7 @@ def _falls_kernel(
 
 @triton.jit
 def _wanted(level, fast, slow, k, k_slow, part):
-    """Pieces that leaders have to walk of slots so that other blocks end by times `level`."""
+    """Pieces that leaders have to walk of slots so that their other blocks end by times `level`."""
     return tl.maximum(tl.minimum(fast - k * level, slow - k_slow * level) * part + 0.999, 0.0).to(tl.int32)
 
 
@@ -97,7 +96,7 @@ def _deal(
     own = ((rank.to(tl.float32) + 0.5) / leaders.to(tl.float32)).to(tl.int32)
     leader = rank - own * leaders
     round = tl.arange(0, ROUNDS)
-    slowest = tl.max(tl.where(there[:, None] & (own[:, None] == round[None, :]), needed[:, None], -1.0), axis=0)
+    slowest = tl.max(tl.where(there[:, None] & (own[:, None] == round[None, :]), needed[:, None], -1e9), axis=0)
     # A block takes handover + first * the smaller of (n (k - 1) + lead) / k^2 and 2 needed, and then (n - lead) / k:
     # `fast` and `slow`, less k and k_slow times what it may take, are the lead that takes it.
     n = chunks.to(tl.float32)
@@ -105,7 +104,7 @@ def _deal(
     whole = n + k * handover
     lasts = k / (k - first)
     k_slow = k * lasts
-    fast = tl.where(slowest >= 0.0, whole + k * (2.0 * first) * slowest, 0.0)
+    fast = whole + k * (2.0 * first) * slowest
     slow = lasts * (whole + first * n * (k - 1.0) / k)
     part = 1.0 / unit.to(tl.float32)
     # Times from what a block takes with the longest lead and no first pass to what it does without a lead.
@@ -115,28 +114,29 @@ def _deal(
     level = (shortest + step * (tl.arange(0, _LEVELS) + 1).to(tl.float32))[None, :]
     wanted = tl.maximum(_wanted(level, fast[:, None], slow, k, k_slow, part), least[:, None]) * unit
     walked = tl.sum(tl.where(wanted > most, 1 << 20, wanted), axis=0)  # by each leader
-    late = tl.sum((walked[None, :] > level).to(tl.int32), axis=1)
+    late = tl.sum((tl.expand_dims(walked, 0) > level).to(tl.int32), axis=1)
     end = shortest + step + step * tl.max(late, axis=0)
     # Blocks of different leads are out of step, and so slower. Where too little is gained all have the same, and all
     # of their first passes.
     alike = end > worth
-    wanted = tl.where(alike, tl.where(slowest >= 0.0, lead // unit, 0), _wanted(end, fast, slow, k, k_slow, part))
+    wanted = tl.where(alike, lead // unit, _wanted(end, fast, slow, k, k_slow, part))
     wanted = tl.minimum(tl.maximum(wanted, least), most // unit)
     place = tl.sum(tl.where(round[None, :] < round[:, None], wanted[None, :], 0), axis=1)
     place = tl.minimum(place, _PIECES - 2)
     wanted = tl.minimum(wanted, _PIECES - 2 - place)
     both = tl.sum(tl.where(own[:, None] == round[None, :], (wanted | place << 16)[None, :], 0), axis=1)
+    both = tl.expand_dims(both, 1)
     wanted = both & 0xFFFF
-    place = both >> 16
     needed = tl.where(alike, _ALL, tl.minimum(needed + 1.0, _ALL).to(tl.int32))
-    tl.store(leads_ptr + slot, wanted * unit | needed << 16, mask=there)
-    piece = tl.arange(0, _PIECES)[None, :] - place[:, None]
-    lasts = there & (rank + leaders >= slots)
-    piece = tl.where(there[:, None], piece, -1)
-    at = pieces_ptr + (leader * _PIECES)[:, None] + tl.arange(0, _PIECES)[None, :]
-    inside = piece < wanted[:, None]
-    entry = tl.where(inside, slot[:, None] | piece << 16, -1)
-    tl.store(at, entry, mask=(piece >= 0) & (inside | lasts[:, None]))
+    slot = slot[:, None]
+    there = there[:, None]
+    tl.store(leads_ptr + slot, wanted * unit | needed[:, None] << 16, mask=there)
+    entry = tl.arange(0, _PIECES)[None, :]
+    piece = tl.where(there, entry - (both >> 16), -1)
+    inside = piece < wanted
+    last = (rank + leaders >= slots)[:, None]  # of a leader: what follows is empty
+    at = pieces_ptr + (leader * _PIECES)[:, None] + entry
+    tl.store(at, tl.where(inside, slot | piece << 16, -1), mask=(piece >= 0) & (inside | last))
 
 
 @triton.jit(do_not_specialize=_COUNTS)
@@ -221,7 +221,7 @@ def deal_leads(
     tensors = (dt, steps.A, steps.bias, found.leads, found.pieces, found.falls if together else None)
     programs = batch * (1 + groups * parts) if together else batch
     rounds = power(-(-slots // plan.leaders))
-    _launch((programs, 1, 1), tensors, (*numbers, *limits), (slices, *form, rounds), num_warps=_WARPS)
+    _launch((programs, 1, 1), tensors, (*numbers, *limits), (slices, *form, rounds), num_warps=16)
     if not together:
         numbers = (heads, tokens, chunks, slots, *dt.stride(), *limits)
         tensors = (found.falls, dt, steps.A, steps.bias, found.leads)

@@ -32,8 +32,11 @@ def _dealt(plan: Plan, rates: list[float], tokens: int, slices: int = 2, groups:
 @pytest.mark.parametrize(
     ("rates", "leaders", "unit", "most"),
     [
-        ([0.0, 0.1, 1.0, 1.0, 9.0, 9.0, 99.0], 3, 4, 56), ([0.0] * 5, 3, 8, 48), ([99.0] * 3, 3, 4, 56),
-        ([0.0] * 9, 3, 4, 56), ([0.0, 1.0, 1.0, 1.0, 1.0, 9.0], 1, 4, 56),
+        ([0.0, 0.1, 1.0, 1.0, 9.0, 9.0, 99.0], 3, 4, 56),
+        ([0.0] * 5, 3, 8, 48),
+        ([99.0] * 3, 3, 4, 56),
+        ([0.0] * 9, 3, 4, 56),
+        ([0.0, 1.0, 1.0, 1.0, 1.0, 9.0], 1, 4, 56),
     ],
 )
 def test_leads_of_slow_heads_are_longer(rates: list[float], leaders: int, unit: int, most: int) -> None:
