@@ -372,7 +372,7 @@ def _kernel(
 
 _launch = Launcher(_kernel, described=True)
 _launch_wide = Launcher(wide_kernel, described=True)
-_WIDE = Costs(first=0.44, start=6.0, handover=2.0, wait=0.4)
+_WIDE = Costs(first=0.55, start=5.5, handover=1.0, wait=0.48)
 """Of blocks that segments of states of 256 are dealt out to, of 3,270 clocks."""
 _TILE = gl.NVMMASharedLayout(128, 16, rank=3)
 _FLOATS = gl.NVMMASharedLayout(128, 32, rank=3)
