@@ -140,6 +140,6 @@ def before(
     )  # fmt: skip
     programs = batch + decays + (0 if scores is None else batch * groups * chunks)
     tensors = (dt, steps.A, steps.bias, dealt, fall, zeros, scores, B, C)
-    # Blocks of an SSD that asks for the decays of chunks have no room beside these, and begin after them.
+    # An SSD that asks for the decays of chunks has no room beside these: its blocks begin when they are through.
     _launch((programs, 1, 1), tensors, numbers, constants, num_warps=16 if falls else 4)
     return Before(dealt, fall, zeros, scores)
