@@ -10,29 +10,28 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from fastmamba.kernels._dealt import Costs, Slots, Steps, deal, store_falls
+from fastmamba.kernels._dealt import Costs, Slots, Steps, deal, store_falls, tiles
 from fastmamba.kernels._dot import INTERPRETED
 from fastmamba.kernels._launch import Launcher
 from fastmamba.kernels._scores import store_scores
 
 _COUNTS = [
-    "T", "chunks", "plans", "decays", "parts", "rows", "H", "G", "slots", "blocks", "slices", "slices_per_group",
-    "per_group", "flags", "stride_dt_b",
+    "T", "chunks", "plans", "decays", "H", "G", "slots", "blocks", "slices_per_group", "per_group", "flags",
+    "stride_dt_b",
 ]  # fmt: skip
 """Not strides of tokens and heads: what they are multiples of says how much a thread may load at once."""
-
-CHUNKS_EACH = tl.constexpr(4)
-HEADS_EACH = tl.constexpr(16)
-"""Whose decays a program works out: a token's time steps of so many heads are what memory gives at once."""
 
 
 @triton.jit(do_not_specialize=_COUNTS)
 def _before_kernel(
     dt_ptr, A_ptr, bias_ptr, dealt_ptr, falls_ptr, flags_ptr, scores_ptr, B_ptr, C_ptr,
-    T, chunks, plans, decays, parts, rows, H, G, slots, blocks, slices, slices_per_group, per_group, flags,
+    T, chunks,
+    plans,  # one of each sequence
+    decays,  # tiles of each
+    H, G, slots, blocks, slices_per_group, per_group, flags,
     first, start, handover, wait, dt_min, dt_max, stride_dt_b, stride_dt_t, stride_dt_h,
     stride_B_b, stride_B_t, stride_B_g, stride_C_b, stride_C_t, stride_C_g,
-    BLOCK_SLICES: tl.constexpr, HEADS: tl.constexpr, SHARED: tl.constexpr, SOFTPLUS: tl.constexpr,
+    SLICES: tl.constexpr, BLOCK_SLICES: tl.constexpr, SHARED: tl.constexpr, SOFTPLUS: tl.constexpr,
     CLAMP: tl.constexpr, LOG_A: tl.constexpr, Q: tl.constexpr, SLOTS: tl.constexpr, BLOCKS: tl.constexpr,
     N: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -42,24 +41,23 @@ def _before_kernel(
     program = tl.program_id(0)
     if program < plans:
         b = tl.cast(program, tl.int64)
-        deal(dealt_ptr + b * blocks, dt_ptr + b * stride_dt_b, A_ptr, bias_ptr, T, chunks, slots, blocks, slices,
+        deal(dealt_ptr + b * blocks, dt_ptr + b * stride_dt_b, A_ptr, bias_ptr, T, chunks, slots, blocks,
              slices_per_group, per_group, first, start, handover, wait, stride_dt_t, stride_dt_h, dt_min, dt_max,
-             BLOCK_SLICES, HEADS, SHARED, SOFTPLUS, CLAMP, LOG_A, Q, SLOTS, BLOCKS)  # fmt: skip
+             SLICES, BLOCK_SLICES, SHARED, SOFTPLUS, CLAMP, LOG_A, Q, SLOTS, BLOCKS)  # fmt: skip
         if flags_ptr is not None and program == 0:
             for begin in range(0, flags, 1024):
                 flag = begin + tl.arange(0, 1024)
                 tl.store(flags_ptr + flag, tl.zeros([1024], tl.int32), mask=flag < flags)
-    elif program < plans + decays:
+    elif program < plans + plans * decays:
         if falls_ptr is not None:
-            place = program - plans
-            h = place % parts * HEADS_EACH
-            c = place // parts % rows * CHUNKS_EACH
-            b = tl.cast(place // (parts * rows), tl.int64)
-            store_falls(falls_ptr, dt_ptr, A_ptr, bias_ptr, b, c, h, chunks, T, H, stride_dt_b, stride_dt_t,
-                        stride_dt_h, dt_min, dt_max, SOFTPLUS, CLAMP, LOG_A, Q, CHUNKS_EACH, HEADS_EACH)  # fmt: skip
+            tile = program - plans
+            b = tl.cast(tile // decays, tl.int64)
+            store_falls(falls_ptr, dt_ptr, A_ptr, bias_ptr, b, tile % decays, chunks, T, H, stride_dt_b, stride_dt_t,
+                        stride_dt_h, dt_min, dt_max, SOFTPLUS, CLAMP, LOG_A, Q)  # fmt: skip
     elif scores_ptr is not None:
-        store_scores(scores_ptr, B_ptr, C_ptr, program - plans - decays, chunks, T, G, stride_B_b, stride_B_t,
-                     stride_B_g, stride_C_b, stride_C_t, stride_C_g, N, Q, BN, PRECISION)  # fmt: skip
+        place = program - plans - plans * decays
+        store_scores(scores_ptr, B_ptr, C_ptr, place, chunks, T, G, stride_B_b, stride_B_t, stride_B_g, stride_C_b,
+                     stride_C_t, stride_C_g, N, Q, BN, PRECISION)  # fmt: skip
 
 
 _launch = Launcher(_before_kernel)
@@ -125,20 +123,17 @@ def before(
         width = B.shape[3]
         strides = (*B.stride()[:3], *C.stride()[:3])
         scores = new((batch, groups, chunks, chunk, chunk), dtype=torch.float32)
-    parts, rows = -(-heads // HEADS_EACH.value), -(-chunks // CHUNKS_EACH.value)
-    decays = batch * parts * rows if falls else 0
+    decays = tiles(chunks, heads) if falls else 0
     numbers = (
-        tokens, chunks, batch, decays, parts, rows, heads, groups, slots.slots, blocks, slots.slices,
-        slots.slices_per_group, slots.per_group, flags, costs.first, costs.start, costs.handover, costs.wait,
-        steps.dt_min, steps.dt_max,
-        *dt.stride(), *strides,
+        tokens, chunks, batch, decays, heads, groups, slots.slots, blocks, slots.slices_per_group, slots.per_group,
+        flags, costs.first, costs.start, costs.handover, costs.wait, steps.dt_min, steps.dt_max, *dt.stride(), *strides,
     )  # fmt: skip
     power = triton.next_power_of_2
     constants = (
-        slots.block_slices, slots.heads, shared, steps.softplus, steps.clamped, steps.log_A, chunk, power(slots.slots),
-        power(blocks), width, max(16, power(width)), precision, overlap,
+        slots.slices, slots.block_slices, shared, steps.softplus, steps.clamped, steps.log_A, chunk,
+        power(slots.slots), power(blocks), width, max(16, power(width)), precision, overlap,
     )  # fmt: skip
-    programs = batch + decays + (0 if scores is None else batch * groups * chunks)
+    programs = batch * (1 + decays + (0 if scores is None else groups * chunks))
     tensors = (dt, steps.A, steps.bias, dealt, fall, zeros, scores, B, C)
     # An SSD that asks for the decays of chunks has no room beside these: its blocks begin when they are through.
     _launch((programs, 1, 1), tensors, numbers, constants, num_warps=16 if falls else 4)

@@ -26,6 +26,9 @@ SAMPLES = tl.constexpr(32)
 """Tokens that a head's rate is estimated from."""
 STEPS = tl.constexpr(12)
 """Bisections of the time that all blocks may take."""
+CHUNKS = tl.constexpr(4)
+HEADS = tl.constexpr(16)
+"""Of a tile, whose decays a program works out: a token's time steps of so many heads are what memory gives at once."""
 
 
 class Steps(NamedTuple):
@@ -62,11 +65,6 @@ class Slots:
     per_group: int
     block_slices: int
 
-    @property
-    def heads(self) -> int:
-        """Of a slot, at most."""
-        return 2 if self.block_slices == 2 and self.slices % 2 else 1
-
 
 @dataclass(frozen=True)
 class Costs:
@@ -102,14 +100,20 @@ def _factor(A_ptr, head, there, LOG_A: tl.constexpr):
     return tl.where(there, A * LOG2E, 0.0)
 
 
+def tiles(chunks: int, heads: int) -> int:
+    """How many a sequence's decays have."""
+    return -(-chunks // CHUNKS.value) * -(-heads // HEADS.value)
+
+
 @triton.jit
 def store_falls(
-    falls_ptr, dt_ptr, A_ptr, bias_ptr, b, c, h, chunks, T, H, stride_dt_b, stride_dt_t, stride_dt_h, dt_min, dt_max,
-    SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr, LOG_A: tl.constexpr, Q: tl.constexpr, CHUNKS: tl.constexpr,
-    HEADS: tl.constexpr,
+    falls_ptr, dt_ptr, A_ptr, bias_ptr, b, tile, chunks, T, H, stride_dt_b, stride_dt_t, stride_dt_h, dt_min, dt_max,
+    SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr, LOG_A: tl.constexpr, Q: tl.constexpr,
 ):  # fmt: skip
-    """log2 of the decays over CHUNKS chunks from c on, of HEADS heads from h on; [b, H, chunks] in float32."""
-    head = h + tl.arange(0, HEADS)
+    """log2 of the decays over each chunk, of a tile of sequence b; [b, H, chunks] in float32."""
+    parts = (H + HEADS - 1) // HEADS
+    c = tile // parts * CHUNKS
+    head = tile % parts * HEADS + tl.arange(0, HEADS)
     there = head < H
     t = c * Q + tl.arange(0, CHUNKS * Q)
     at = dt_ptr + b * stride_dt_b + t.to(tl.int64)[:, None] * stride_dt_t + head[None, :] * stride_dt_h
@@ -144,21 +148,24 @@ def after_chunks(
 
 
 @triton.jit
-def _needs(
-    dt_ptr, A_ptr, bias_ptr, slot, slots, T, slices, slices_per_group, per_group, stride_dt_t, stride_dt_h, dt_min,
-    dt_max, BLOCK_SLICES: tl.constexpr, HEADS: tl.constexpr, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr,
-    LOG_A: tl.constexpr, Q: tl.constexpr,
+def needs(
+    dt_ptr, A_ptr, bias_ptr, slot, slots, T, slices_per_group, per_group, stride_dt_t, stride_dt_h, dt_min, dt_max,
+    SLICES: tl.constexpr, BLOCK_SLICES: tl.constexpr, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr, LOG_A: tl.constexpr,
+    Q: tl.constexpr,
 ):  # fmt: skip
-    """`after_chunks` of slots [n]: of the slowest of their heads."""
+    """`after_chunks` of slots [n], as `Slots` says who they are: of the slowest of their heads."""
     there = slot < slots
-    within = slot % per_group * BLOCK_SLICES
-    of_group = slot // per_group * slices_per_group
-    head = (of_group + within) // slices
+    if SLICES == BLOCK_SLICES:
+        head = slot
+    else:
+        within = slot % per_group * BLOCK_SLICES
+        of_group = slot // per_group * slices_per_group
+        head = (of_group + within) // SLICES
     needed = after_chunks(
         dt_ptr, A_ptr, bias_ptr, head, there, T, stride_dt_t, stride_dt_h, dt_min, dt_max, SOFTPLUS, CLAMP, LOG_A, Q
     )
-    if HEADS == 2:  # of an odd number of slices, the last one is alone
-        head = (of_group + tl.minimum(within + 1, slices_per_group - 1)) // slices
+    if BLOCK_SLICES == 2 and SLICES % 2 == 1:  # two heads; of an odd number of slices, the last one is alone
+        head = (of_group + tl.minimum(within + 1, slices_per_group - 1)) // SLICES
         other = after_chunks(
             dt_ptr, A_ptr, bias_ptr, head, there, T, stride_dt_t, stride_dt_h, dt_min, dt_max, SOFTPLUS, CLAMP, LOG_A, Q
         )
@@ -185,8 +192,8 @@ def _times(needed, k, chunks, first, start, handover, wait, SHARED: tl.constexpr
 def deal(
     dealt_ptr,  # at the sequence
     dt_ptr,  # at the sequence
-    A_ptr, bias_ptr, T, chunks, slots, blocks, slices, slices_per_group, per_group, first, start, handover, wait,
-    stride_dt_t, stride_dt_h, dt_min, dt_max, BLOCK_SLICES: tl.constexpr, HEADS: tl.constexpr, SHARED: tl.constexpr,
+    A_ptr, bias_ptr, T, chunks, slots, blocks, slices_per_group, per_group, first, start, handover, wait, stride_dt_t,
+    stride_dt_h, dt_min, dt_max, SLICES: tl.constexpr, BLOCK_SLICES: tl.constexpr, SHARED: tl.constexpr,
     SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr, LOG_A: tl.constexpr, Q: tl.constexpr, SLOTS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):  # fmt: skip
@@ -196,9 +203,9 @@ def deal(
     next, or -1. SLOTS and BLOCKS are the next powers of two; `blocks` has to be `slots` or more.
     """
     slot = tl.arange(0, SLOTS)
-    needed = _needs(
-        dt_ptr, A_ptr, bias_ptr, slot, slots, T, slices, slices_per_group, per_group, stride_dt_t, stride_dt_h, dt_min,
-        dt_max, BLOCK_SLICES, HEADS, SOFTPLUS, CLAMP, LOG_A, Q,
+    needed = needs(
+        dt_ptr, A_ptr, bias_ptr, slot, slots, T, slices_per_group, per_group, stride_dt_t, stride_dt_h, dt_min, dt_max,
+        SLICES, BLOCK_SLICES, SOFTPLUS, CLAMP, LOG_A, Q,
     )  # fmt: skip
     n = chunks.to(tl.float32)
     place = tl.arange(0, MOST)

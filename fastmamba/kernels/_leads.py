@@ -15,22 +15,20 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fastmamba.kernels._dealt import Steps, after_chunks, store_falls
+from fastmamba.kernels._dealt import Steps, needs, store_falls, tiles
 from fastmamba.kernels._dot import INTERPRETED
 from fastmamba.kernels._launch import Launcher
-from fastmamba.ssd_plan import GROUP, MOST_UNITS, Plan
+from fastmamba.ssd_plan import MOST_UNITS, Plan
 
-_GROUP = tl.constexpr(GROUP)
 _PIECES = tl.constexpr(MOST_UNITS)
 _LEVELS = tl.constexpr(64)  # times that blocks may take, to choose from
-_HEADS = tl.constexpr(16)  # that a program sums up the decays of, over a group of chunks
 _ALL = tl.constexpr(32767)  # more chunks than any part of a first pass has
 _APART = 512
 """Chunks from which on decays have a launch of their own, which ends at once where nothing is left out."""
 
 
 _COUNTS = [
-    "batch", "groups", "parts", "H", "T", "chunks", "slots", "segments", "leaders", "unit", "most", "lead",
+    "batch", "decays", "H", "T", "chunks", "slots", "segments", "leaders", "unit", "most", "lead",
     "slices_per_group", "per_group", "stride_dt_b",
 ]  # fmt: skip
 """Not strides of tokens and heads: what they are multiples of says how much a thread may load at once."""
@@ -42,17 +40,16 @@ def _falls_kernel(
     stride_dt_h, dt_min, dt_max, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr, LOG_A: tl.constexpr, Q: tl.constexpr,
     SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """log2 of the decays over each chunk [b, H, chunks], where any is left out: a group of chunks of _HEADS heads."""
+    """log2 of the decays over each chunk [b, H, chunks], where any is left out: a tile of sequence b."""
     if not INTERPRETED:
         gdc_launch_dependents()
         gdc_wait()
-    b = tl.program_id(2).to(tl.int64)
+    b = tl.program_id(1).to(tl.int64)
     slot = tl.arange(0, SLOTS)
     leads = tl.load(leads_ptr + b * slots + slot, mask=slot < slots, other=_ALL << 16)
     if tl.min(leads >> 16, axis=0) < _ALL:
-        store_falls(falls_ptr, dt_ptr, A_ptr, bias_ptr, b, tl.program_id(0) * _GROUP, tl.program_id(1) * _HEADS, chunks,
-                    T, H, stride_dt_b, stride_dt_t, stride_dt_h, dt_min, dt_max, SOFTPLUS, CLAMP, LOG_A, Q, _GROUP,
-                    _HEADS)  # fmt: skip
+        store_falls(falls_ptr, dt_ptr, A_ptr, bias_ptr, b, tl.program_id(0), chunks, T, H, stride_dt_b, stride_dt_t,
+                    stride_dt_h, dt_min, dt_max, SOFTPLUS, CLAMP, LOG_A, Q)  # fmt: skip
 
 
 @triton.jit
@@ -73,22 +70,10 @@ def _deal(
     """Leads [slots] so that all blocks end soonest, and the leaders' pieces [leaders, _PIECES]."""
     slot = tl.arange(0, SLOTS)
     there = slot < slots
-    if SLICES == 2:
-        head = slot
-    else:
-        g = ((slot.to(tl.float32) + 0.5) / per_group.to(tl.float32)).to(tl.int32)
-        slice = (slot - g * per_group) * 2
-        begin = g * slices_per_group
-        head = (begin + slice) // SLICES
-    needed = after_chunks(
-        dt_ptr, A_ptr, bias_ptr, head, there, T, stride_dt_t, stride_dt_h, dt_min, dt_max, SOFTPLUS, CLAMP, LOG_A, Q
-    )
-    if SLICES % 2 == 1:
-        head = (begin + tl.minimum(slice + 1, slices_per_group - 1)) // SLICES
-        other = after_chunks(
-            dt_ptr, A_ptr, bias_ptr, head, there, T, stride_dt_t, stride_dt_h, dt_min, dt_max, SOFTPLUS, CLAMP, LOG_A, Q
-        )
-        needed = tl.maximum(needed, other)
+    needed = needs(
+        dt_ptr, A_ptr, bias_ptr, slot, slots, T, slices_per_group, per_group, stride_dt_t, stride_dt_h, dt_min, dt_max,
+        SLICES, 2, SOFTPLUS, CLAMP, LOG_A, Q,
+    )  # fmt: skip
     # The slowest first, to all leaders, then the next ones: of each round all have as long a lead, so that leaders
     # walk as much. Bits of floats that are not negative are in their order; the last ones are the slot's.
     order = tl.where(there, needed.to(tl.int32, bitcast=True) & -SLOTS | (SLOTS - 1 - slot), -1 - slot)
@@ -141,10 +126,11 @@ def _deal(
 
 @triton.jit(do_not_specialize=_COUNTS)
 def _deal_kernel(
-    dt_ptr, A_ptr, bias_ptr, leads_ptr, pieces_ptr, falls_ptr, batch, groups, parts, H, T, chunks, slots, segments,
-    leaders, unit, most, lead, slices_per_group, per_group, stride_dt_b, stride_dt_t, stride_dt_h, first, handover,
-    worth, dt_min, dt_max, SLICES: tl.constexpr, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr, LOG_A: tl.constexpr,
-    Q: tl.constexpr, SLOTS: tl.constexpr, ROUNDS: tl.constexpr,
+    dt_ptr, A_ptr, bias_ptr, leads_ptr, pieces_ptr, falls_ptr, batch,
+    decays,  # tiles of each sequence
+    H, T, chunks, slots, segments, leaders, unit, most, lead, slices_per_group, per_group, stride_dt_b, stride_dt_t,
+    stride_dt_h, first, handover, worth, dt_min, dt_max, SLICES: tl.constexpr, SOFTPLUS: tl.constexpr,
+    CLAMP: tl.constexpr, LOG_A: tl.constexpr, Q: tl.constexpr, SLOTS: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
     if not INTERPRETED:
         gdc_launch_dependents()
@@ -155,11 +141,10 @@ def _deal_kernel(
               chunks, slots, segments, leaders, unit, most, lead, slices_per_group, per_group, stride_dt_t, stride_dt_h,
               first, handover, worth, dt_min, dt_max, SLICES, SOFTPLUS, CLAMP, LOG_A, Q, SLOTS, ROUNDS)  # fmt: skip
     elif falls_ptr is not None:
-        place = program - batch
-        b = (place // (groups * parts)).to(tl.int64)
-        store_falls(falls_ptr, dt_ptr, A_ptr, bias_ptr, b, place // parts % groups * _GROUP, place % parts * _HEADS,
-                    chunks, T, H, stride_dt_b, stride_dt_t, stride_dt_h, dt_min, dt_max, SOFTPLUS, CLAMP, LOG_A, Q,
-                    _GROUP, _HEADS)  # fmt: skip
+        tile = program - batch
+        b = (tile // decays).to(tl.int64)
+        store_falls(falls_ptr, dt_ptr, A_ptr, bias_ptr, b, tile % decays, chunks, T, H, stride_dt_b, stride_dt_t,
+                    stride_dt_h, dt_min, dt_max, SOFTPLUS, CLAMP, LOG_A, Q)  # fmt: skip
 
 
 _launch = Launcher(_deal_kernel)
@@ -211,19 +196,19 @@ def deal_leads(
         dt.new_empty((batch, slots), dtype=torch.int32),
         dt.new_empty((batch, plan.leaders, MOST_UNITS), dtype=torch.int32),
     )
-    groups, parts = -(-chunks // GROUP), -(-heads // _HEADS.value)
+    decays = tiles(chunks, heads)
     together = chunks < _APART
-    numbers = (batch, groups, parts, heads, tokens, chunks, slots, plan.segments, plan.leaders, plan.unit, plan.most)
+    numbers = (batch, decays, heads, tokens, chunks, slots, plan.segments, plan.leaders, plan.unit, plan.most)
     numbers += (plan.lead, slices_per_group, plan.blocks_per_group, *dt.stride(), plan.first, plan.handover, plan.worth)
     limits = steps.dt_min, steps.dt_max
     power = triton.next_power_of_2
     form = (steps.softplus, steps.clamped, steps.log_A, chunk, max(16, power(slots)))
     tensors = (dt, steps.A, steps.bias, found.leads, found.pieces, found.falls if together else None)
-    programs = batch * (1 + groups * parts) if together else batch
+    programs = batch * (1 + decays) if together else batch
     rounds = power(-(-slots // plan.leaders))
     _launch((programs, 1, 1), tensors, (*numbers, *limits), (slices, *form, rounds), num_warps=16)
     if not together:
         numbers = (heads, tokens, chunks, slots, *dt.stride(), *limits)
         tensors = (found.falls, dt, steps.A, steps.bias, found.leads)
-        _launch_falls((groups, parts, batch), tensors, numbers, form, num_warps=16, launch_pdl=True)
+        _launch_falls((decays, batch, 1), tensors, numbers, form, num_warps=16, launch_pdl=True)
     return found
